@@ -1,0 +1,67 @@
+"""What flows between the rooms: the widths of the activation streams and the names of the batch keys."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from mmsae.errors import MmsaeError
+
+ACTS = "acts"
+"""Batch key of the activations: a dict from stream name to a tensor `[rows, width]`."""
+
+TARGET = "target"
+"""Stream that a transcoder reconstructs; without it the input is its own target."""
+
+Batch = dict[str, Any]
+"""`acts` plus one tensor per metadata column, each with one entry per row."""
+
+
+class ActivationSpec(NamedTuple):
+    """Widths of the activation streams; the data know them, nobody types them.
+
+    Attributes:
+        streams: Stream name (a hook point, a modality of a pair, or `target`) to its width.
+    """
+
+    streams: dict[str, int]
+
+    @property
+    def input(self) -> str:
+        """Name of the only, or first, stream that is read."""
+        return next(name for name in self.streams if name != TARGET)
+
+    @property
+    def d_in(self) -> int:
+        """Width of `input`."""
+        return self.streams[self.input]
+
+    @property
+    def d_out(self) -> int:
+        """Width of what is reconstructed."""
+        return self.streams.get(TARGET, self.d_in)
+
+    @classmethod
+    def of(cls, spec: ActivationSpec | dict[str, int] | int) -> ActivationSpec:
+        """Accept a spec, its streams, or the bare width of a single stream."""
+        if isinstance(spec, ActivationSpec):
+            return spec
+        streams = {"x": spec} if isinstance(spec, int) else dict(spec)
+        if not streams or any(width < 1 for width in streams.values()) or set(streams) == {TARGET}:
+            raise MmsaeError(f"activation spec {streams} names no input stream of positive width.")
+        return cls(streams)
+
+
+def rows_of(batch: Batch) -> int:
+    """Number of activation rows in a batch."""
+    return len(next(iter(batch[ACTS].values())))
+
+
+def map_batch(batch: Batch, fn: Any) -> Batch:
+    """Apply `fn` to every tensor of a batch, activations and metadata alike."""
+    return {
+        key: {k: fn(v) for k, v in value.items()} if isinstance(value, dict) else fn(value)
+        for key, value in batch.items()
+        if isinstance(value, dict | Tensor)
+    }

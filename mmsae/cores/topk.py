@@ -1,0 +1,86 @@
+"""TopK with the auxiliary loss that revives dead latents."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mmsae.codes import Codes
+from mmsae.cores.base import Losses, geometric_median, squared_error, variance
+from mmsae.cores.linear import LinearCore
+from mmsae.errors import MmsaeError, checked
+from mmsae.kernels import sparse_decode, topk
+from mmsae.spec import TARGET, ActivationSpec, Batch
+
+
+class TopK(LinearCore):
+    """Keeps the k largest pre-activations of each row (arXiv 2406.04093).
+
+    The main term is the squared error over the variance of the data, an FVU, so no coefficient depends on the scale.
+
+    Args:
+        spec: Widths of the streams.
+        d_latent: Number of latents.
+        k: Latents kept per activation.
+        aux_coefficient: Weight of AuxK, the share of the residual that dead latents fail to explain; 0 switches it off.
+        k_aux: Dead latents used per row; None is half of the width that is reconstructed.
+        dead_after: Rows (over all ranks) without firing after which a latent counts as dead.
+    """
+
+    variance: Tensor
+
+    def __init__(
+        self,
+        spec: ActivationSpec | int,
+        d_latent: int,
+        k: int = 32,
+        aux_coefficient: float = 1 / 32,
+        k_aux: int | None = None,
+        dead_after: int = 10_000_000,
+    ) -> None:
+        if k > d_latent:
+            raise MmsaeError(f"k={k} is larger than d_latent={d_latent}: choose k of at most {d_latent}.")
+        super().__init__(spec, d_latent)
+        self.k = checked("k", k, 1)
+        self.aux_coefficient = checked("aux_coefficient", aux_coefficient, 0)
+        self.k_aux = k_aux if k_aux is None else checked("k_aux", k_aux, 1)
+        self.dead_after = checked("dead_after", dead_after, 1)
+        self.register_buffer("variance", torch.ones(()))
+
+    def select(self, pre: Tensor) -> Codes:
+        """The k largest of each row, their positive part."""
+        values, indices = topk(pre, self.k)
+        return Codes(values.relu(), indices, self.d_latent)
+
+    @torch.no_grad()
+    def start(self, batch: Batch) -> None:
+        """`b_dec` at the geometric median of at most 32,768 rows; the variance that the main term is divided by."""
+        target = self.target(batch).float()[:32768]
+        self.b_dec.copy_(target.mean(0) if TARGET in self.spec.streams else geometric_median(target))
+        self.variance.copy_(variance(target).clamp_min(1e-12))
+
+    def losses(self, batch: Batch) -> Losses:
+        """Fraction of variance unexplained, and AuxK once latents have died."""
+        pre = self.pre_activations(self.inputs(batch))
+        codes = self.select(pre)
+        target = self.target(batch)
+        terms, reconstruction = self.reconstruct(target, codes)
+        if self.aux_coefficient and self.training:
+            terms["aux"] = self.aux_coefficient * self.auxk(pre, target - reconstruction)
+        return Losses(terms, codes, reconstruction)
+
+    def reconstruct(self, target: Tensor, codes: Codes) -> tuple[dict[str, Tensor], Tensor]:
+        """The main term, and the reconstruction."""
+        reconstruction = self.decode(codes)
+        return {"reconstruction": squared_error(target, reconstruction) / self.variance}, reconstruction
+
+    def auxk(self, pre: Tensor, residual: Tensor) -> Tensor:
+        """Share of the residual's variance that the best `k_aux` dead latents leave unexplained (0 if none is dead)."""
+        dead = (self.rows_since_fired >= self.dead_after).nonzero()[:, 0]
+        if len(dead) == 0:
+            return pre.new_zeros(())
+        residual = residual.detach()
+        k_aux = min(self.k_aux or max(self.spec.d_out // 2, 1), len(dead))
+        values, places = topk(pre[:, dead], k_aux)
+        explained = sparse_decode(values.relu(), dead[places], self.W_dec)  # no b_dec: the residual has none
+        return torch.nan_to_num(squared_error(residual, explained) / variance(residual), posinf=0.0)

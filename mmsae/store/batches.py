@@ -1,0 +1,127 @@
+"""Shuffled batches from chunks, on disk or live, whose order is a pure function of (seed, epoch, position)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from mmsae.errors import MmsaeError, checked
+from mmsae.spec import ActivationSpec, Batch, map_batch, rows_of
+from mmsae.store.writer import concatenate
+
+
+class Chunks(Protocol):
+    """What `Batches` draws from.
+
+    Attributes:
+        spec: Of the streams.
+        n_rows: Rows per epoch, or None when nobody knows beforehand.
+    """
+
+    spec: ActivationSpec
+    n_rows: int | None
+
+    def read(self, seed: int, epoch: int, cursor: int) -> tuple[Batch, int | None]:
+        """The chunk that begins at `cursor` (0 at first), and the cursor of the next (None at the end)."""
+        ...
+
+
+class Batches:
+    """A resumable loader: each row exactly once per epoch, shuffled at row level inside a chunk.
+
+    Each `iter` is an epoch. One background thread reads the next chunk while the current one is used. What does not
+    fill a batch is carried into the next chunk; the last batch of an epoch may be smaller.
+
+    Args:
+        chunks: Where rows come from.
+        batch_size: Rows per batch.
+        seed: Of the order.
+        read_ahead: Whether to read the next chunk in the background.
+    """
+
+    def __init__(self, chunks: Chunks, batch_size: int, seed: int = 0, read_ahead: bool = True) -> None:
+        self.chunks, self.seed, self.read_ahead = chunks, seed, read_ahead
+        self.batch_size = checked("batch_size", batch_size, 1)
+        if chunks.n_rows is not None and batch_size > chunks.n_rows:
+            raise MmsaeError(
+                f"batch_size={batch_size} is larger than the data ({chunks.n_rows} activation rows): lower it."
+            )
+        self.next_epoch = 0
+        self._state: dict[str, Any] | None = None  # of the running epoch
+        self._resume: dict[str, Any] | None = None
+
+    def __len__(self) -> int:
+        if self.chunks.n_rows is None:
+            raise TypeError("the number of live activation rows is not known beforehand")
+        return -(-self.chunks.n_rows // self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self._resume is not None:
+            state, self._resume = self._resume, None
+        else:
+            state = {"epoch": self.next_epoch, "cursor": 0, "used": 0, "carry": None}
+        self.next_epoch = state["epoch"] + 1
+        self._state = state
+        epoch = state["epoch"]
+        cursor: int | None = state["cursor"]
+        with ThreadPoolExecutor(1) as pool:
+            ahead = self._fetch(pool, epoch, cursor)
+            while cursor is not None:
+                rows, following = ahead.result()
+                if following is not None:
+                    ahead = self._fetch(pool, epoch, following)
+                if rows_of(rows):
+                    order = np.random.default_rng([self.seed, epoch, 1, cursor]).permutation(rows_of(rows))
+                    order = torch.from_numpy(order)
+                    rows = map_batch(rows, lambda t, order=order: t[order])
+                if state["carry"] is not None:
+                    rows = concatenate([state["carry"], rows])
+                n = rows_of(rows)
+                n_used = n if following is None else n - n % self.batch_size
+                for start in range(state["used"] * self.batch_size, n_used, self.batch_size):
+                    state["used"] += 1
+                    yield map_batch(rows, lambda t, a=start: t[a : a + self.batch_size])
+                carry = map_batch(rows, lambda t, a=n_used: t[a:].clone()) if n_used < n else None
+                cursor = following
+                state.update(cursor=cursor, used=0, carry=carry)
+
+    def _fetch(self, pool: ThreadPoolExecutor, epoch: int, cursor: int) -> Future[tuple[Batch, int | None]]:
+        if self.read_ahead:
+            return pool.submit(self.chunks.read, self.seed, epoch, cursor)
+        future: Future[tuple[Batch, int | None]] = Future()
+        future.set_result(self.chunks.read(self.seed, epoch, cursor))
+        return future
+
+    def sample(self, n_rows: int) -> Batch:
+        """The first rows of epoch 0 in their shuffled order, without moving the position."""
+        twin = Batches(self.chunks, self.batch_size, self.seed, read_ahead=False)
+        taken, total = [], 0
+        for batch in twin:
+            taken.append(batch)
+            total += rows_of(batch)
+            if total >= n_rows:
+                break
+        if not taken:
+            raise MmsaeError("the training data give no activation rows: are the data empty, or the positions?")
+        return map_batch(concatenate(taken), lambda t: t[:n_rows])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position in the running epoch."""
+        state = self._resume or self._state
+        if state is None:
+            return {"seed": self.seed, "epoch": self.next_epoch, "cursor": 0, "used": 0, "carry": None}
+        return {"seed": self.seed, **state}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a position; the next `iter` finishes that epoch."""
+        state = dict(state)
+        if state.pop("seed") != self.seed:
+            raise MmsaeError(f"the checkpoint was made with another data seed than {self.seed}: resume with that one.")
+        if state["cursor"] is None:  # that epoch was complete
+            self.next_epoch = state["epoch"] + 1
+        else:
+            self._resume = state

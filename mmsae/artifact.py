@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,22 +50,37 @@ def save(core: SAECore, folder: str | Path, **description: Any) -> Path:
         **description,
         "sha256": hashlib.sha256(weights).hexdigest(),
     }
-    text = json.dumps(config, indent=1)
+    return write_folder(folder, {WEIGHTS: weights, CONFIG: json.dumps(config, indent=1).encode()}, mark=CONFIG)
+
+
+def write_folder(folder: Path, files: Mapping[str, bytes], mark: str) -> Path:
+    """Write a folder of files whole or not at all.
+
+    Args:
+        folder: Where to; an older one is replaced, and stays where it is if anything fails.
+        files: Their names and contents.
+        mark: A folder without a file of this name is somebody else's and is not replaced.
+    """
+    if folder.exists() and not (folder.is_dir() and ((folder / mark).is_file() or not any(folder.iterdir()))):
+        raise MmsaeError(f"{folder} exists and holds something else than a dictionary: choose another folder.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    old = part.with_name(part.name + "-old")
     try:
-        (part / WEIGHTS).write_bytes(weights)
-        (part / CONFIG).write_text(text)
+        for name, data in files.items():
+            (part / name).write_bytes(data)
         os.chmod(part, 0o755)  # mkdtemp is private; an artifact is to be shared
-        old = part.with_name(part.name + "-old")
         if folder.exists():
-            if not (folder / CONFIG).is_file() and any(folder.iterdir()):
-                raise MmsaeError(f"{folder} exists and holds something else than a dictionary: choose another folder.")
             os.replace(folder, old)
-        os.replace(part, folder)
-        shutil.rmtree(old, ignore_errors=True)
+        try:
+            os.replace(part, folder)
+        except BaseException:
+            if old.exists():
+                os.replace(old, folder)
+            raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
     return folder
 
 

@@ -93,9 +93,7 @@ def resolve(model: nn.Module, patterns: Sequence[str]) -> list[HookPoint]:
 
 
 @contextmanager
-def capture(
-    model: nn.Module, hook_points: Sequence[HookPoint | str], stop: bool = True
-) -> Iterator[dict[str, Tensor]]:
+def capture(model: nn.Module, hook_points: Sequence[HookPoint | str], stop: bool = True) -> Iterator[dict[str, Tensor]]:
     """Collect the tensors at some hook points of one forward pass.
 
     Reads what the following modules receive, `edit` in force included. A module that runs several times counts once,

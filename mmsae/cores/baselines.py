@@ -14,7 +14,7 @@ from mmsae.kernels import topk
 from mmsae.spec import ActivationSpec, Batch
 
 
-class Baseline(LinearCore):
+class _Baseline(LinearCore):
     """A fixed linear map whose signed codes may be cut to the k of largest magnitude.
 
     Args:
@@ -43,7 +43,7 @@ class Baseline(LinearCore):
         """Nothing to learn."""
 
 
-class Neurons(Baseline):
+class Neurons(_Baseline):
     """The activations themselves: latent i is dimension i.
 
     Args:
@@ -61,7 +61,7 @@ class Neurons(Baseline):
         self.W_enc.data = torch.eye(width)
 
 
-class RandomDictionary(Baseline):
+class RandomDictionary(_Baseline):
     """Random unit directions, encoder and decoder alike: the floor for any claim about learnt latents.
 
     Args:
@@ -80,7 +80,7 @@ class RandomDictionary(Baseline):
         self.W_enc.data = rows.clone().t()
 
 
-class PCA(Baseline):
+class PCA(_Baseline):
     """Principal components, of largest variance first, from one pass in float64.
 
     Args:

@@ -67,7 +67,7 @@ class BatchTopK(TopK):
         super().after_step(step, codes)
         kept = codes.values.detach().double()
         smallest = torch.where(kept > 0, kept, torch.inf).min()
-        smallest = torch.where(smallest.isinf(), self.threshold.clamp_min(0), smallest)  # nothing fired: stay
+        smallest = torch.where(smallest.isinf(), self.threshold, smallest)  # nothing fired: stay
         mixed = self.threshold_decay * self.threshold + (1 - self.threshold_decay) * smallest
         self.threshold.copy_(torch.where(self.threshold < 0, smallest, mixed))
 

@@ -69,6 +69,7 @@ class LinearCore(SAECore):
 
     def pre_activations(self, x: Tensor) -> Tensor:
         """`[..., d_latent]`, at least float32 also under autocast, because selections are made on it."""
+        x = x.to(self.W_enc.dtype)  # activations in half precision meet float32 weights
         if self.subtracts_b_dec:
             x = x - self.b_dec
         pre = x @ self.W_enc + self.b_enc

@@ -83,4 +83,7 @@ class TopK(LinearCore):
         k_aux = min(self.k_aux or max(self.spec.d_out // 2, 1), len(dead))
         values, places = topk(pre[:, dead], k_aux)
         explained = sparse_decode(values.relu(), dead[places], self.W_dec)  # no b_dec: the residual has none
-        return torch.nan_to_num(squared_error(residual, explained) / variance(residual), posinf=0.0)
+        spread, floor = variance(residual), 1e-9 * residual.pow(2).sum(-1).mean()
+        # rows that are all alike have nothing to explain; a NaN would come back through the gradient of the division
+        share = squared_error(residual, explained) / torch.where(spread > floor, spread, 1.0)
+        return torch.where(spread > floor, share, 0.0)

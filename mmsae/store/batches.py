@@ -84,6 +84,8 @@ class Batches:
                 n_used = n if following is None else n - n % self.batch_size
                 for start in range(state["used"] * self.batch_size, n_used, self.batch_size):
                     state["used"] += 1
+                    if following is None and start + self.batch_size >= n:  # the epoch's last: the next comes after it
+                        state.update(cursor=None, used=0, carry=None)
                     yield map_batch(rows, lambda t, a=start: t[a : a + self.batch_size])
                 carry = map_batch(rows, lambda t, a=n_used: t[a:].clone()) if n_used < n else None
                 cursor = following

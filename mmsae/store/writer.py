@@ -39,7 +39,7 @@ class Writer:
         folder: The store.
         plan: Everything that decides the bytes (source, data, batch size, ...), as JSON; a restart with another plan
             is refused.
-        dtype: Activations are stored as this.
+        dtype: Activations are stored as this; "auto" keeps them as the model gives them.
         rows_per_shard: Rows of every shard but each rank's last.
         covariance: Also keep second moments.
         rank: Of this writer.
@@ -50,14 +50,14 @@ class Writer:
         self,
         folder: Path,
         plan: dict[str, Any],
-        dtype: str = "float32",
+        dtype: str = "auto",
         rows_per_shard: int = 65536,
         covariance: bool = False,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        if dtype not in DTYPES:
-            raise MmsaeError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}.")
+        if dtype not in ("auto", *DTYPES):
+            raise MmsaeError(f"dtype={dtype!r} is not one of auto, {', '.join(DTYPES)}.")
         self.folder, self.dtype, self.covariance, self.rank = folder, dtype, covariance, rank
         self.rows_per_shard = checked("rows_per_shard", rows_per_shard, 1)
         sizes = {"dtype": dtype, "rows_per_shard": rows_per_shard, "covariance": covariance, "world_size": world_size}
@@ -94,6 +94,8 @@ class Writer:
         if self.rank == 0 and not (self.folder / PLAN).is_file():
             write_atomic(self.folder / PLAN, json.dumps(self.plan, indent=1).encode())
         self.folder.mkdir(parents=True, exist_ok=True)
+        for leftover in self.folder.glob(f"{self.rank:03d}-*.part"):  # of a writer that was killed
+            leftover.unlink()
         self.n_shards, progress = 0, Progress(0, 0)
         while (commit := self._commit_path(self.n_shards)).is_file():
             entry = json.loads(commit.read_text())
@@ -108,12 +110,13 @@ class Writer:
 
     def add(self, batch: Batch) -> None:
         """Take the rows of one batch, in order."""
-        acts = {stream: x.detach().to("cpu", DTYPES[self.dtype]) for stream, x in batch[ACTS].items()}
+        kept = {stream: x.dtype if self.dtype == "auto" else DTYPES[self.dtype] for stream, x in batch[ACTS].items()}
+        acts = {stream: x.detach().to("cpu", kept[stream]) for stream, x in batch[ACTS].items()}
         rows = map_batch({**batch, ACTS: acts}, lambda t: t.cpu())
         for stream, x in rows[ACTS].items():
             if not torch.isfinite(x).all():
                 raise MmsaeError(
-                    f"activations at {stream} are not finite in {self.dtype} (batch {self.n_batches}): "
+                    f"activations at {stream} are not finite as {kept[stream]} (batch {self.n_batches}): "
                     "store them in a wider dtype, or look at the model's inputs."
                 )
         n, start = rows_of(rows), self.skip_rows
@@ -163,8 +166,9 @@ class Writer:
             for name, field in sorted(first.fields.items())
             if not name.startswith((f"{ACTS}.", MOMENTS))
         }
+        dtype = str(first.fields[f"{ACTS}.{next(iter(streams))}"].dtype).removeprefix("torch.")
         save_statistics(self.folder, self._statistics(entries, streams))
-        manifest = Manifest(self.dtype, streams, columns, source, data, entries, library_versions(), factors)
+        manifest = Manifest(dtype, streams, columns, source, data, entries, library_versions(), factors)
         manifest.save(self.folder)
         for path in commits:
             path.unlink()

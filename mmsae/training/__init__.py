@@ -1,1 +1,1 @@
-"""Lightning modules."""
+"""Lightning modules: training and extraction."""

@@ -42,6 +42,8 @@ class SAEModule(L.LightningModule):
         sparsity_warmup: Share of all steps over which a sparsity price rises from 0.
         gradient_clip: Largest gradient norm of each dictionary; 0 does not clip.
         sample_rows: Rows looked at before the first step, for statistics and initialisation.
+        schedule_steps: Length of the schedules in steps; None is the length of this run. Set it when a run is to be
+            continued later beyond its own end, so that both parts follow one schedule.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class SAEModule(L.LightningModule):
         sparsity_warmup: float = 0.05,
         gradient_clip: float = 1.0,
         sample_rows: int = 65536,
+        schedule_steps: int | None = None,
     ) -> None:
         super().__init__()
         if spec is None:
@@ -69,6 +72,7 @@ class SAEModule(L.LightningModule):
         self.sparsity_warmup = checked("sparsity_warmup", sparsity_warmup, 0, 1)
         self.gradient_clip = checked("gradient_clip", gradient_clip, 0)
         self.sample_rows = checked("sample_rows", sample_rows, 1)
+        self.schedule_steps = schedule_steps if schedule_steps is None else checked("schedule_steps", schedule_steps, 1)
         self.normalise = normalise
         self.cores = nn.ModuleDict()
         for name, factory in {MAIN: core, **(also or {})}.items():
@@ -139,7 +143,9 @@ class SAEModule(L.LightningModule):
 
     @property
     def total_steps(self) -> int | None:
-        """Optimizer steps of the whole run, or None when nobody knows beforehand."""
+        """Optimizer steps that the schedules span, or None when nobody knows beforehand."""
+        if self.schedule_steps is not None:
+            return self.schedule_steps
         total = self.trainer.estimated_stepping_batches
         return int(total) if 0 < total < float("inf") else None
 

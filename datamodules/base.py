@@ -1,0 +1,218 @@
+"""What a datamodule is: a data set of items, and a source or a store that turns them into activations."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import lightning as L
+import torch
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from mmsae.errors import MmsaeError, checked
+from mmsae.sources import Source
+from mmsae.sources.items import render_image
+from mmsae.spec import ActivationSpec, Batch
+from mmsae.store import Batches, DiskChunks, LiveChunks, Statistics, Store
+
+Split = Literal["train", "val", "test"]
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
+
+
+class ActivationDataModule(L.LightningDataModule):
+    """Activations of a model on a data set, live from `source` or from a `store` on disk.
+
+    A subclass writes `items(split)`, a data set of dicts: what its source collates (`image`, `text`, `input`, ...),
+    `sample_id`, and optionally `labels`, a dict from factor to the index of its value.
+
+    Args:
+        source: The model and its hook points; not needed when training from a store.
+        store: Folder of stores by split, as written by `mmsae extract`.
+        batch_size: Activation rows per training step.
+        chunk_rows: Rows held in memory and shuffled at a time.
+        block_rows: Consecutive rows read from disk at once: larger is faster, smaller mixes better.
+        examples_per_forward: Examples per forward pass of the source.
+        seed: Of the order of rows.
+        columns: Metadata columns that training batches carry, for cores that need them.
+        verify: "checksum" reads every stored byte once before training; "size" only finds truncated files.
+    """
+
+    factors: ClassVar[dict[str, tuple[str, ...]]] = {}
+    """Names of the values of each label."""
+
+    def __init__(
+        self,
+        source: Source | None = None,
+        store: str | None = None,
+        batch_size: int = 4096,
+        chunk_rows: int = 131072,
+        block_rows: int = 512,
+        examples_per_forward: int = 64,
+        seed: int = 0,
+        columns: list[str] | None = None,
+        verify: Literal["checksum", "size"] = "checksum",
+    ) -> None:
+        super().__init__()
+        if source is None and store is None:
+            raise MmsaeError(
+                f"{type(self).__name__} needs activations: give --data.source (a model) or --data.store (a folder)."
+            )
+        self.source, self.store = source, store
+        self.batch_size = checked("batch_size", batch_size, 1)
+        self.chunk_rows = checked("chunk_rows", chunk_rows, 1)
+        self.block_rows = checked("block_rows", block_rows, 1)
+        self.examples_per_forward = checked("examples_per_forward", examples_per_forward, 1)
+        self.seed, self.columns, self.verify = seed, list(columns or []), verify
+        self._stores: dict[str, Store] = {}
+
+    def items(self, split: Split) -> Dataset[dict[str, Any]]:
+        """The examples of a split."""
+        raise MmsaeError(f"{type(self).__name__} has no examples, only stored activations.")
+
+    # ---- where activations come from
+
+    def stored(self, split: Split) -> Store | None:
+        """The opened and checked store of a split, or None if activations come live."""
+        if self.store is None:
+            return None
+        if split not in self._stores:
+            self._stores[split] = Store(Path(self.store) / split, self.verify)
+        return self._stores[split]
+
+    @cached_property
+    def spec(self) -> ActivationSpec:
+        """Widths of the streams, from the manifest or by asking the source once."""
+        store = self.stored("train")
+        if store is not None:
+            return store.spec
+        assert self.source is not None
+        return self.source.spec
+
+    @property
+    def statistics(self) -> dict[str, Statistics] | None:
+        """Moments of the training activations, if a store knows them."""
+        store = self.stored("train")
+        return None if store is None else store.statistics
+
+    @property
+    def value_names(self) -> dict[str, list[str]]:
+        """Label column (without "label.") to the names of its values."""
+        store = self.stored("train")
+        return store.manifest.factors if store is not None else {f: list(values) for f, values in self.factors.items()}
+
+    def origin(self) -> dict[str, Any]:
+        """Model, hook points and data set, for the artifact."""
+        store = self.stored("train")
+        if store is not None:
+            return {"source": store.manifest.source, "data": store.manifest.data}
+        assert self.source is not None
+        return {"source": self.source.identity, "data": self.identity("train")}
+
+    def identity(self, split: Split) -> dict[str, Any]:
+        """Class, own arguments, split and size of the data set."""
+        own = set(inspect.signature(type(self).__init__).parameters) - set(
+            inspect.signature(ActivationDataModule.__init__).parameters
+        )
+        arguments = {name: getattr(self, name) for name in sorted(own - {"kwargs"})}
+        n_examples = len(self.items(split))  # type: ignore[arg-type]
+        return {"class": type(self).__name__, **arguments, "split": split, "n_examples": n_examples}
+
+    @property
+    def has_items(self) -> bool:
+        """Whether examples can be shown, not only their activations."""
+        return type(self).items is not ActivationDataModule.items
+
+    def render(self, item: dict[str, Any]) -> dict[str, Any]:
+        """An example for the page: `{"kind": "image", "image": PIL.Image, "text": str}` or `{"kind": "text", ...}`."""
+        if self.source is not None:
+            return self.source.render(item)
+        if "image" in item:
+            return render_image(item)
+        return {"kind": "text", "tokens": str(item.get("text", "")).split()}
+
+    def rows(self, split: Split) -> Rows:
+        """Activation rows of a split in order, with all metadata."""
+        return Rows(self, split)
+
+    # ---- loaders
+
+    def train_dataloader(self) -> Batches:
+        """Shuffled batches, resumable in the middle of an epoch."""
+        store, share = self.stored("train"), self._share()
+        chunk_rows = max(self.chunk_rows - self.chunk_rows % self.batch_size, self.batch_size)
+        if store is not None:
+            chunks = DiskChunks(store, chunk_rows, self.block_rows, self.columns, *share)
+            return Batches(chunks, self.batch_size, self.seed)
+        assert self.source is not None
+        items = _not_empty(self.items("train"), type(self).__name__, "train")
+        live = LiveChunks(self.source, items, chunk_rows, self.examples_per_forward, self.columns, *share)
+        return Batches(live, self.batch_size, self.seed)
+
+    def val_dataloader(self) -> Rows:
+        """The validation split in order."""
+        return Rows(self, "val", *self._share())
+
+    def test_dataloader(self) -> Rows:
+        """The test split in order."""
+        return Rows(self, "test", *self._share())
+
+    def predict_dataloader(self) -> Rows:
+        """The test split in order."""
+        return self.test_dataloader()
+
+    def item_batches(self, split: Split, skip: int = 0, rank: int = 0, world_size: int = 1) -> DataLoader[Any]:
+        """Collated examples in order, ready for the source; `skip` batches left out."""
+        if self.source is None:
+            raise MmsaeError(f"running the model on {type(self).__name__} needs --data.source.")
+        items = _not_empty(self.items(split), type(self).__name__, split)
+        chosen = range(rank, len(items), world_size)[skip * self.examples_per_forward :]  # type: ignore[arg-type]
+        return DataLoader(
+            dataset=Subset(items, chosen), batch_size=self.examples_per_forward, collate_fn=self.source.collate
+        )
+
+    def _share(self) -> tuple[int, int]:
+        trainer = self.trainer
+        return (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
+
+
+class Rows:
+    """Activation rows of a split in order, with all their metadata.
+
+    Args:
+        data: Where they come from.
+        split: Which split.
+        rank: Which share.
+        world_size: Number of shares.
+    """
+
+    def __init__(self, data: ActivationDataModule, split: Split, rank: int = 0, world_size: int = 1) -> None:
+        self.data, self.split, self.rank, self.world_size = data, split, rank, world_size
+        self.store = data.stored(split)
+        self.loader = None if self.store is not None else data.item_batches(split, 0, rank, world_size)
+
+    def __len__(self) -> int:
+        if self.store is None:
+            return len(self.loader)  # type: ignore[arg-type]
+        n_batches = sum(-(-shard.n_rows // self.data.batch_size) for shard in self.store.shards)
+        return len(range(self.rank, n_batches, self.world_size))
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self.store is not None:
+            for number, batch in enumerate(self.store.in_order(self.data.batch_size)):
+                if number % self.world_size == self.rank:
+                    yield batch
+            return
+        assert self.loader is not None
+        assert self.data.source is not None
+        for items in self.loader:
+            with torch.no_grad():
+                yield self.data.source.read(items)
+
+
+def _not_empty(items: Dataset[dict[str, Any]], name: str, split: str) -> Dataset[dict[str, Any]]:
+    if len(items) == 0:  # type: ignore[arg-type]
+        raise MmsaeError(f"the {split} split of {name} is empty.")
+    return items

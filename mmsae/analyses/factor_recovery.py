@@ -1,0 +1,121 @@
+"""Do single latents stand for known factors?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from mmsae.analyses.base import Analysis, Result, Table
+from mmsae.analyses.fidelity import fitted_pca
+from mmsae.cores import Neurons, RandomDictionary, SAECore
+from mmsae.latents import LatentStore
+from mmsae.metrics.recovery import Recovery, both_signs, f1_score, recover
+
+GOOD = 0.9
+"""AUROC from which a latent counts as standing for a value."""
+
+
+class FactorRecovery(Analysis):
+    """For each value of each known factor, the best single latent, chosen on one split and scored on another.
+
+    Raw neurons, PCA and a random dictionary of the same size are measured in the same way, with both of their signs.
+    The strongest activation within a sample counts.
+
+    Args:
+        choose_on: Split on which the latent and its threshold are chosen.
+        score_on: Split of the figures.
+        pca_rows: Training rows that PCA sees.
+        n_bootstrap: Resamples of the scoring split for the intervals.
+        seed: Of the resamples and the random dictionary.
+    """
+
+    def __init__(
+        self,
+        choose_on: str = "val",
+        score_on: str = "test",
+        pca_rows: int = 100_000,
+        n_bootstrap: int = 200,
+        seed: int = 0,
+    ) -> None:
+        self.choose_on, self.score_on, self.pca_rows = choose_on, score_on, pca_rows
+        self.n_bootstrap, self.seed = n_bootstrap, seed
+
+    def run(self, core: SAECore, latents: LatentStore, data: Any) -> Result:
+        """Four dictionaries, one table."""
+        names = data.value_names
+        if not names:
+            return Result(name="FactorRecovery", title="the data have no labels, so there are no factors to recover")
+        dictionaries: dict[str, SAECore] = {
+            "dictionary": core,
+            "neurons": Neurons(core.spec).eval(),
+            "PCA": fitted_pca(core, data, self.pca_rows),
+            "random": RandomDictionary(core.spec, core.d_latent, seed=self.seed).eval(),
+        }
+        found: dict[str, Recovery] = {}
+        for name, dictionary in dictionaries.items():
+            chosen_on, _ = self._features(dictionary, data, self.choose_on, names)
+            scored_on, values = self._features(dictionary, data, self.score_on, names)
+            found[name] = recover(chosen_on, scored_on)
+        labels = scored_on[1]
+        return self._result(found, values, labels)
+
+    def _features(
+        self, core: SAECore, data: Any, split: str, names: dict[str, list[str]]
+    ) -> tuple[tuple[np.ndarray, np.ndarray], list[tuple[str, str]]]:
+        store = LatentStore.build(core, data.rows(split), label=f"{type(core).__name__} on {split}")
+        features = store.pool()
+        found = store.labels()
+        values = [(factor, value) for factor in names if factor in found for value in names[factor]]
+        columns = [found[factor] == names[factor].index(value) for factor, value in values]
+        return (both_signs(features) if core.signed else features, np.stack(columns, axis=1)), values
+
+    def _result(self, found: dict[str, Recovery], values: list[tuple[str, str]], labels: np.ndarray) -> Result:
+        rows: list[list[Any]] = []
+        numbers: dict[str, float] = {}
+        for name, recovery in found.items():
+            low, high = self._interval(recovery.predicted, labels)
+            share = float((recovery.auroc >= GOOD).mean())
+            mean_f1, mean_auroc = float(recovery.f1.mean()), float(np.nanmean(recovery.auroc))
+            numbers |= {f"{name}/mean_f1": mean_f1, f"{name}/mean_auroc": mean_auroc, f"{name}/recovered": share}
+            rows.append([name, mean_f1, f"{low:.3f} to {high:.3f}", mean_auroc, share])
+        ours = found["dictionary"]
+        per_value: list[list[Any]] = [
+            [factor, value, int(ours.by_auroc[i]), float(ours.auroc[i]), *(float(r.f1[i]) for r in found.values())]
+            for i, (factor, value) in enumerate(values)
+        ]
+        share = numbers["dictionary/recovered"]
+        rivals = max((name for name in found if name != "dictionary"), key=lambda name: numbers[f"{name}/mean_f1"])
+        return Result(
+            name="FactorRecovery",
+            title=f"{share:.0%} of {len(values)} factor values have a latent of their own (AUROC of at least {GOOD})",
+            numbers=numbers,
+            tables=[
+                Table("Best single latent", ["", "mean F1 ↑", "95 %", "mean AUROC ↑", f"AUROC ≥ {GOOD} ↑"], rows),
+                Table(
+                    "By factor value",
+                    ["factor", "value", "latent", "AUROC", *(f"F1 {name}" for name in found)],
+                    per_value,
+                ),
+            ],
+            settings={
+                "choose_on": self.choose_on,
+                "score_on": self.score_on,
+                "samples": len(labels),
+                "headline": [
+                    {
+                        "label": "mean best F1",
+                        "value": f"{numbers['dictionary/mean_f1']:.2f}",
+                        "note": f"{rivals}: {numbers[f'{rivals}/mean_f1']:.2f}",
+                    },
+                    {"label": "factors found", "value": f"{share:.0%}", "note": f"{len(values)} values"},
+                ],
+            },
+        )
+
+    def _interval(self, predicted: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
+        rng = np.random.default_rng(self.seed)
+        n = len(labels)
+        draws = [rng.integers(0, n, n) for _ in range(self.n_bootstrap)]
+        means = [f1_score(predicted[i], labels[i]).mean() for i in draws]
+        return (float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))) if means else (np.nan, np.nan)

@@ -1,0 +1,148 @@
+"""What makes each latent fire: pictures or texts for the page."""
+
+from __future__ import annotations
+
+import base64
+import io
+from typing import Any
+
+import numpy as np
+
+from mmsae.analyses.base import Analysis, Result
+from mmsae.cores import SAECore
+from mmsae.latents import LatentStore
+from mmsae.metrics.recovery import auroc, best_f1
+
+
+class TopExamples(Analysis):
+    """The strongest examples of each latent, with heat maps over positions, a histogram and the best-matching factor.
+
+    Args:
+        split: Where examples come from.
+        n_latents: Latents shown: those with the best-matching factor, or without labels those that fire strongest.
+        n_examples: Examples per latent.
+        n_captions: Captions per latent.
+        thumbnail: Longest side of a picture, pixels.
+        tokens_around: Tokens shown on each side of the strongest one.
+    """
+
+    def __init__(
+        self,
+        split: str = "test",
+        n_latents: int = 1000,
+        n_examples: int = 9,
+        n_captions: int = 3,
+        thumbnail: int = 96,
+        tokens_around: int = 24,
+    ) -> None:
+        self.split, self.n_latents, self.n_examples = split, n_latents, n_examples
+        self.n_captions, self.thumbnail, self.tokens_around = n_captions, thumbnail, tokens_around
+
+    def run(self, core: SAECore, latents: LatentStore, data: Any) -> Result:
+        """Everything the gallery needs."""
+        items = data.items(self.split) if data.has_items else None
+        factors = self._factors(latents, data.value_names)
+        live = np.flatnonzero(latents.firings)
+        strength = np.array([factors[int(j)]["auroc"] if factors else np.abs(latents.of_latent(j)[1]).max() for j in live])
+        shown = sorted(int(j) for j in live[np.argsort(-strength, kind="stable")][: self.n_latents])
+        media: dict[int, int] = {}
+        rendered: list[dict[str, Any]] = []
+        entries = []
+        for latent in shown:
+            examples, captions = [], []
+            for sample, row, value in latents.top_samples(latent, self.n_examples):
+                sample_id = int(latents.samples[0][sample])
+                if items is not None and sample not in media:
+                    media[sample] = len(rendered)
+                    rendered.append(self._render(data, items[sample_id]))
+                examples.append(self._example(latents, latent, sample, row, value, media.get(sample), rendered))
+                if items is not None and len(captions) < self.n_captions:
+                    text = rendered[media[sample]].get("text", "")
+                    if text and all(text != c["text"] for c in captions):
+                        captions.append({"text": text, "score": value})
+            values = latents.of_latent(latent)[1]
+            counts, edges = np.histogram(values, bins=24)
+            entries.append(
+                {
+                    "id": latent,
+                    "density": float(latents.density[latent]),
+                    "mean": float(values.mean()),
+                    "max": float(values[np.abs(values).argmax()]),
+                    "histogram": {"edges": edges.tolist(), "counts": counts.tolist()},
+                    "factor": factors.get(latent),
+                    "captions": captions,
+                    "label": "",
+                    "examples": examples,
+                }
+            )
+        hidden = len(live) - len(shown)
+        title = f"{len(shown)} latents and what makes them fire" + (f" ({hidden} more not shown)" if hidden else "")
+        settings = {"split": self.split, "rows": latents.n_rows, "samples": len(latents.samples[0])}
+        return Result(name="TopExamples", title=title, latents=entries, media=rendered, settings=settings)
+
+    def _factors(self, latents: LatentStore, names: dict[str, list[str]]) -> dict[int, dict[str, Any]]:
+        """The factor value that each latent tells best."""
+        found = latents.labels()
+        values = [(factor, value) for factor in names if factor in found for value in names[factor]]
+        if not values:
+            return {}
+        labels = np.stack([found[f] == names[f].index(v) for f, v in values], axis=1)
+        features = latents.pool()
+        scores = np.nan_to_num(auroc(features, labels))
+        f1 = best_f1(features, labels)[0]
+        best = scores.argmax(0)
+        return {
+            j: {
+                "name": values[best[j]][0],
+                "value": values[best[j]][1],
+                "auroc": float(scores[best[j], j]),
+                "f1": float(f1[best[j], j]),
+            }
+            for j in range(latents.d_latent)
+        }
+
+    def _example(
+        self,
+        latents: LatentStore,
+        latent: int,
+        sample: int,
+        row: int,
+        value: float,
+        medium: int | None,
+        rendered: list[dict[str, Any]],
+    ) -> dict[str, Any]:
+        columns, rows = latents.columns, latents.rows_of_sample[sample]
+        position = int(columns["position"][row]) if "position" in columns else -1
+        example: dict[str, Any] = {
+            "media": medium,
+            "sample": int(latents.samples[0][sample]),
+            "activation": value,
+            "position": position,
+            "heat": None,
+            "values": None,
+        }
+        codes = latents.codes[rows, latent].toarray()[:, 0]
+        if "row" in columns and (columns["row"][rows] >= 0).any():
+            placed = columns["row"][rows] >= 0
+            y, x = columns["row"][rows][placed], columns["column"][rows][placed]
+            heat = np.zeros((y.max() + 1, x.max() + 1))
+            heat[y, x] = codes[placed]
+            example["heat"] = heat.tolist()
+        elif medium is not None and rendered[medium]["kind"] == "text":
+            values = np.zeros(len(rendered[medium]["tokens"]))
+            places = columns["position"][rows]
+            inside = (places >= 0) & (places < len(values))
+            values[places[inside]] = codes[inside]
+            example["values"] = values.tolist()
+        return example
+
+    def _render(self, data: Any, item: dict[str, Any]) -> dict[str, Any]:
+        medium = data.render(item)
+        if medium["kind"] != "image":
+            return medium
+        picture = medium["image"].convert("RGB")
+        picture.thumbnail((self.thumbnail, self.thumbnail))
+        file = io.BytesIO()
+        picture.save(file, "WEBP", quality=90)
+        data_uri = "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
+        return {"kind": "image", "data": data_uri, "text": medium.get("text", "")}

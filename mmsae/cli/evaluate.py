@@ -1,0 +1,89 @@
+"""`mmsae evaluate`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from jsonargparse import auto_cli
+from rich.console import Console
+from rich.table import Table as RichTable
+
+import mmsae.artifact
+from mmsae.analyses import Analysis, Downstream, FactorRecovery, Fidelity, Result, TopExamples
+from mmsae.cli.base import quiet
+from mmsae.cli.messages import Parser
+from mmsae.cli.run import datamodule_of, training_result
+from mmsae.errors import MmsaeError
+from mmsae.latents import LatentStore
+from mmsae.store.manifest import write_atomic
+
+
+def evaluate(
+    run: str,
+    sae: str | None = None,
+    split: str = "test",
+    analyses: list[Analysis] | None = None,
+    store: str | None = None,
+    max_rows: int = 2_000_000,
+    threads: int | None = None,
+) -> None:
+    """Run analyses on a trained dictionary and write their results.
+
+    Args:
+        run: Folder of a `mmsae fit` run.
+        sae: Another dictionary to measure on the data of that run: a folder or a hub id.
+        split: Split whose activations are encoded.
+        analyses: What to run; by default Fidelity, FactorRecovery, Downstream and TopExamples.
+        store: Folder of stored activations instead of the run's own.
+        max_rows: Activation rows kept in memory.
+        threads: CPU threads of torch; default: its own.
+    """
+    import torch
+
+    if threads:
+        torch.set_num_threads(threads)
+    folder = Path(run)
+    data = datamodule_of(folder, store=store)
+    core = mmsae.artifact.load(sae or folder)
+    stream, width = core.spec.input, core.spec.d_in
+    if data.spec.streams.get(stream) != width:
+        has = ", ".join(f"{name} ({w})" for name, w in data.spec.streams.items())
+        raise MmsaeError(f"the dictionary reads {stream!r} with d_in={width}, but the data have {has}.")
+    latents = LatentStore.build(core, data.rows(split), max_rows, label=f"encoding {split}")
+    results = [training_result(folder)]
+    for analysis in analyses or [Fidelity(), FactorRecovery(), Downstream(), TopExamples()]:
+        results.append(analysis.run(core, latents, data))
+    kept = [result for result in results if result is not None]
+    for result in kept:
+        result.save(folder / "results")
+    numbers = {result.name: result.numbers for result in kept if result.numbers}
+    write_atomic(folder / "results.json", json.dumps(numbers, indent=1).encode())
+    show(kept)
+    print(f"results: {folder / 'results.json'}")
+    print(f"next:    mmsae report --run {run}")
+
+
+def show(results: list[Result]) -> None:
+    """Print the tables."""
+    console = Console()
+    for result in results:
+        for table in result.tables:
+            drawn = RichTable(title=f"{result.name}: {table.title}", title_justify="left")
+            for i, column in enumerate(table.columns):
+                drawn.add_column(column, justify="left" if i == 0 else "right")
+            for row in table.rows:
+                drawn.add_row(*(_cell(value) for value in row))
+            console.print(drawn)
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def run(args: list[str]) -> None:
+    """Parse and run."""
+    quiet()
+    auto_cli(evaluate, args=args[1:], as_positional=False, parser_class=Parser)

@@ -1,0 +1,151 @@
+"""`mmsae fit`, `validate`, `test` and `predict`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import LightningArgumentParser
+from safetensors.torch import save as save_tensors
+
+import mmsae
+from datamodules import ActivationDataModule
+from mmsae.cli.base import MmsaeCLI, quiet
+from mmsae.errors import MmsaeError
+from mmsae.store.manifest import write_atomic
+from mmsae.training.module import MAIN, SAEModule
+
+LOGGERS = [
+    {"class_path": f"lightning.pytorch.loggers.{name}", "init_args": {"save_dir": "runs", "name": ""}}
+    for name in ("CSVLogger", "TensorBoardLogger")
+]
+CALLBACKS = [
+    {
+        "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+        "init_args": {"save_last": True, "filename": "{step}", "every_n_train_steps": 1000},
+    },
+    {"class_path": "mmsae.training.progress.StepProgress"},
+]
+
+
+class FitCLI(MmsaeCLI):
+    """LightningCLI on SAEModule; writes the artifact after `fit`."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The data decide the widths; the default callbacks are part of the config and can be replaced there."""
+        super().add_arguments_to_parser(parser)
+        parser.set_defaults({"trainer.callbacks": CALLBACKS})
+        parser.link_arguments("data.spec", "model.spec", apply_on="instantiate")
+
+    def before_instantiate_classes(self) -> None:
+        """A resume must name its checkpoint."""
+        super().before_instantiate_classes()
+        config = self.config.get(str(self.subcommand), self.config)
+        checkpoint = config.get("ckpt_path")
+        if checkpoint in ("last", "best", "hpc") and self.subcommand == "fit":
+            raise MmsaeError(
+                f"ckpt_path={checkpoint} would look into the new, empty run: name the file, "
+                "such as runs/version_0/checkpoints/last.ckpt."
+            )
+        if checkpoint and checkpoint not in ("last", "best", "hpc", "registry") and not Path(checkpoint).is_file():
+            raise MmsaeError(f"ckpt_path={checkpoint} does not exist.")
+
+    def instantiate_classes(self) -> None:
+        """Loggers without a version share the next free one, so that a run is one folder; the config stays free."""
+        trainer = self.config.get(str(self.subcommand), self.config).trainer
+        chosen = trainer.get("logger")
+        loggers = [entry.init_args for entry in chosen if "init_args" in entry] if isinstance(chosen, list) else []
+        loggers = [init for init in loggers if "version" in init and init.version is None]
+        for init in loggers:
+            folder = Path(init.get("save_dir") or ".") / (init.get("name") or "")
+            taken = [int(p.name[8:]) for p in folder.glob("version_*") if p.name[8:].isdigit()]
+            init.version = max(taken, default=-1) + 1
+        super().instantiate_classes()
+        for init in loggers:
+            init.version = None
+
+    def after_fit(self) -> None:
+        """Write every dictionary of the run."""
+        trainer, model = self.trainer, self.model
+        if not trainer.is_global_zero or trainer.log_dir is None or trainer.fast_dev_run:
+            return
+        trainer.validate(model, datamodule=self.datamodule, verbose=False)
+        for name in model.cores:
+            folder = Path(trainer.log_dir) / ("sae" if name == MAIN else f"sae-{name.replace('/', '.')}")
+            mmsae.save(model.export(name), folder, **self._description(name))
+            print(f"dictionary: {folder}")
+        print(f"next:       mmsae evaluate --run {trainer.log_dir}")
+
+    def _description(self, name: str) -> dict[str, Any]:
+        prefix = "" if name == MAIN else f"{name}/"
+        metrics = {
+            key: float(value)
+            for key, value in self.trainer.callback_metrics.items()
+            if key.startswith(f"val/{prefix}") and key.count("/") == 1 + prefix.count("/")
+        }
+        core = self.model.cores[name]
+        return {
+            "activations": {
+                **self.datamodule.origin(), "stream": core.spec.input, "normalise": self.model.normalise,
+            },
+            "training": {
+                "rows": int(core.rows_seen), "steps": self.trainer.global_step,
+                "seed": self._get(self.config, "seed_everything"),
+            },
+            "metrics": metrics,
+        }
+
+    def after_predict(self) -> None:
+        """Write the codes."""
+        predictions = self.trainer.predictions
+        if not predictions or self.trainer.log_dir is None:
+            return
+        width = max(p["values"].shape[1] for p in predictions)
+        pad = torch.nn.functional.pad
+        tensors = {
+            key: torch.cat([pad(p[key], (0, width - p[key].shape[1])) if p[key].ndim == 2 else p[key] for p in predictions])
+            for key in predictions[0]
+        }
+        path = Path(self.trainer.log_dir) / "codes.safetensors"
+        write_atomic(path, save_tensors(tensors))
+        print(f"codes: {path}")
+
+
+def resume(args: list[str]) -> list[str]:
+    """Replace `--resume RUN` by the run's configuration and its last checkpoint, if it came that far."""
+    words: list[str] = []
+    rest = iter(args)
+    for word in rest:
+        if word != "--resume" and not word.startswith("--resume="):
+            words.append(word)
+            continue
+        folder = Path(word.partition("=")[2] or next(rest, ""))
+        if not (folder / "config.yaml").is_file():
+            raise MmsaeError(f"--resume {folder} is no run: it has no config.yaml.")
+        last = folder / "checkpoints" / "last.ckpt"
+        words += [f"--config={folder / 'config.yaml'}", *([f"--ckpt_path={last}"] if last.is_file() else [])]
+    return words
+
+
+def run(args: list[str]) -> None:
+    """Parse and run."""
+    quiet()
+    FitCLI(
+        SAEModule,
+        ActivationDataModule,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        seed_everything_default=0,
+        save_config_kwargs={"overwrite": True},
+        trainer_defaults={
+            "logger": LOGGERS,
+            "max_steps": 20_000,
+            "max_epochs": -1,
+            "val_check_interval": 1000,
+            "check_val_every_n_epoch": None,
+            "num_sanity_val_steps": 0,
+            "enable_model_summary": False,
+        },
+        args=resume(args),
+    )

@@ -1,0 +1,73 @@
+"""`mmsae VERB ...`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from importlib import import_module
+
+from mmsae.errors import MmsaeError, nearest
+
+VERBS = {
+    "extract": ("mmsae.cli.extract", "run a model over a data set and store its activations"),
+    "fit": ("mmsae.cli.fit", "train a dictionary, from a store or from the running model"),
+    "validate": ("mmsae.cli.fit", "measure a training checkpoint on the validation split"),
+    "test": ("mmsae.cli.fit", "measure a training checkpoint on the test split"),
+    "predict": ("mmsae.cli.fit", "write the codes of the test split"),
+    "evaluate": ("mmsae.cli.evaluate", "run analyses on a trained dictionary"),
+    "report": ("mmsae.cli.report", "draw the page of an evaluated run"),
+    "convert": ("mmsae.cli.convert", "write a dictionary in SAELens format, or read one"),
+}
+
+HELP = """\
+mmsae: sparse autoencoders for every modality
+
+  mmsae VERB [--config FILE.yaml] [--option=value ...]
+
+{verbs}
+
+  mmsae VERB --help               all options of a verb
+  mmsae fit --model.core.help=X   the options of core X
+
+Start: mmsae fit --config recipes/scenes_topk.yaml"""
+
+
+def help_text() -> str:
+    """Of the command itself; nothing heavy is imported for it."""
+    return HELP.format(verbs="\n".join(f"  {verb:<10} {text}" for verb, (_, text) in VERBS.items()))
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run a verb.
+
+    Args:
+        args: Words after `mmsae`; None takes them from the command line.
+    """
+    words = sys.argv[1:] if args is None else list(args)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(help_text())
+        return
+    if words[0] in ("--version", "version"):
+        print(import_module("mmsae").__version__)
+        return
+    try:
+        _verb(words[0])(words)
+    except MmsaeError as error:
+        print(f"mmsae {words[0]}: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+    except KeyboardInterrupt:
+        print(f"mmsae {words[0]}: interrupted; the same command goes on where it stopped.", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _verb(name: str) -> Callable[[list[str]], None]:
+    if name not in VERBS:
+        raise MmsaeError(f"there is no such verb; nearest: {nearest(name, VERBS)}. See mmsae --help.")
+    home = import_module("datamodules")
+    if not hasattr(home, "ActivationDataModule"):
+        where = getattr(home, "__file__", None) or list(getattr(home, "__path__", ["?"]))[0]
+        raise MmsaeError(f"{where} stands in the way of mmsae's own datamodules: rename it, or run elsewhere.")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # for --model.core=my_file.MyCore; last, so that it hides nothing
+    return import_module(VERBS[name][0]).run

@@ -1,0 +1,62 @@
+"""A finished run, opened again: its datamodule, its dictionary and its curves."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentParser
+
+import mmsae.sources  # noqa: F401  (its imports are the registry)
+from datamodules import ActivationDataModule
+from mmsae.analyses import Plot, Result
+from mmsae.errors import MmsaeError
+
+
+def config_of(run: Path) -> dict[str, Any]:
+    """The configuration that `mmsae fit` saved."""
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise MmsaeError(f"{run} is no run of mmsae fit: it has no config.yaml.")
+    return yaml.safe_load(path.read_text())
+
+
+def datamodule_of(run: Path, source: dict[str, Any] | None = None, store: str | None = None) -> ActivationDataModule:
+    """The datamodule of a run; `source` and `store` replace its own."""
+    chosen = config_of(run)["data"]
+    init = chosen.setdefault("init_args", {})
+    if source is not None:
+        init["source"] = source
+    if store is not None:
+        init["store"] = store
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(ActivationDataModule, "data")
+    return parser.instantiate_classes(parser.parse_object({"data": chosen})).data
+
+
+def training_result(run: Path) -> Result | None:
+    """Curves of FVU, L0, loss and dead latents from the run's `metrics.csv`."""
+    path = run / "metrics.csv"
+    if not path.is_file():
+        return None
+    with open(path) as file:
+        rows = list(csv.DictReader(file))
+
+    def line(key: str, label: str) -> dict[str, Any] | None:
+        points = [(int(row["step"]) + 1, float(row[key])) for row in rows if row.get(key)]
+        return {"label": label, "x": [p[0] for p in points], "y": [p[1] for p in points]} if len(points) > 1 else None
+
+    wanted = [
+        ("fraction of variance unexplained", "FVU", [("fvu", "training"), ("val/fvu", "validation")], "y"),
+        ("latents per activation", "L0", [("l0", "training"), ("val/l0", "validation")], ""),
+        ("dead latents", "share", [("dead_fraction", "training")], ""),
+    ]
+    plots = []
+    for title, unit, keys, log in wanted:
+        lines = [found for key, label in keys if (found := line(key, label)) is not None]
+        if lines:
+            last = lines[0]["y"][-1]
+            plots.append(Plot(f"{title}: {last:.3g} at the end", "optimizer step", unit, lines, log=log))
+    return Result(name="Training", title=f"{rows[-1]['step']} steps", plots=plots) if plots else None

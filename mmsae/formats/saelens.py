@@ -1,0 +1,238 @@
+"""SAELens folders: `cfg.json` beside `sae_weights.safetensors`, as written by sae-lens 6 (older configs are read too)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+import mmsae
+from mmsae.artifact import write_folder
+from mmsae.cores import BatchTopK, JumpReLU, LinearCore, Matryoshka, ReLU, SAECore, TopK
+from mmsae.errors import MmsaeError
+from mmsae.spec import TARGET, ActivationSpec
+
+CONFIG = "cfg.json"
+WEIGHTS = "sae_weights.safetensors"
+VERSION = "6.54.12"
+"""The sae-lens that exports are checked against; from 6.0.0 on its loader leaves the config as it is."""
+
+TRANSCODERS = {"transcoder": "standard", "jumprelu_transcoder": "jumprelu"}
+TRAINING = ("batchtopk", "matryoshka_batchtopk")
+KNOWN = ("standard", "topk", "jumprelu", *TRANSCODERS, *TRAINING)
+
+NOT_FOLDED = {
+    "expected_average_only_in": "its factor is not in the file; in SAELens call fold_activation_norm_scaling_factor",
+    "covariance_whitening": "its matrix is not in the file; in SAELens call fold_activation_whitening",
+}
+
+
+# ---- writing
+
+
+def export(core: SAECore, folder: str | Path, metadata: dict[str, Any] | None = None) -> Path:
+    """Write a dictionary so that `sae_lens.SAE.load_from_disk` reads it; encode and decode then agree.
+
+    BatchTopK and Matryoshka become "jumprelu" with decoder rows of norm 1, as SAELens does it itself: the codes of a
+    latent change unit by the norm of its row, reconstructions stay.
+
+    Args:
+        core: A folded core: it takes raw activations.
+        folder: Where to; an older export there is replaced.
+        metadata: What SAELens keeps under `metadata`, such as `model_name` and `hook_name`.
+    """
+    architecture, extra = _architecture(core)
+    assert isinstance(core, LinearCore)
+    tensors = {name: getattr(core, name).detach().cpu().double() for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+    if isinstance(core, JumpReLU):
+        tensors["threshold"] = core.theta.detach().cpu().double()
+    if isinstance(core, BatchTopK):
+        tensors["threshold"] = core.threshold.cpu().double().expand(core.d_latent)
+        _unit_rows(tensors)
+    weights = save_tensors({name: tensor.float().contiguous() for name, tensor in tensors.items()})
+    config = {
+        "architecture": architecture,
+        "d_in": core.spec.d_in,
+        "d_sae": core.d_latent,
+        **extra,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": core.subtracts_b_dec,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "metadata": {
+            **(metadata or {}),
+            "sae_lens_version": VERSION,
+            "sae_lens_training_version": None,
+            "exported_by": f"mmsae {mmsae.__version__} ({type(core).__name__})",
+        },
+    }
+    return write_folder(Path(folder), {WEIGHTS: weights, CONFIG: json.dumps(config, indent=1).encode()}, mark=CONFIG)
+
+
+def _architecture(core: SAECore) -> tuple[str, dict[str, Any]]:
+    transcodes = TARGET in core.spec.streams
+    name = {ReLU: "standard", TopK: "topk", JumpReLU: "jumprelu", BatchTopK: "jumprelu", Matryoshka: "jumprelu"}.get(
+        type(core)  # the exact class: a subclass may select in another way
+    )
+    if name is None or (transcodes and name == "topk"):
+        what = f"{type(core).__name__}{' transcoder' if transcodes else ''}"
+        raise MmsaeError(
+            f"SAELens has no architecture for a {what}; it takes ReLU, TopK, JumpReLU, BatchTopK and Matryoshka, "
+            "and all but TopK as transcoders: keep this one in the format of mmsae."
+        )
+    if isinstance(core, BatchTopK) and core.threshold < 0:
+        raise MmsaeError(f"this {type(core).__name__} has no inference threshold yet: train it before the export.")
+    if transcodes:
+        name = {plain: full for full, plain in TRANSCODERS.items()}[name]
+        return name, {"d_out": core.spec.d_out}
+    return name, {"k": core.k, "rescale_acts_by_decoder_norm": False} if name == "topk" else {}
+
+
+def _unit_rows(tensors: dict[str, Tensor]) -> None:
+    """Decoder rows to norm 1, without changing what is selected or reconstructed; a zero row stays."""
+    norms = tensors["W_dec"].norm(dim=-1)
+    norms = torch.where(norms > 0, norms, 1.0)
+    tensors["W_dec"] = tensors["W_dec"] / norms[:, None]
+    for name in ("W_enc", "b_enc", "threshold"):
+        if name in tensors:
+            tensors[name] = tensors[name] * norms
+
+
+# ---- reading
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """The config of a SAELens folder in today's layout; `metadata` says which model and hook point it belongs to."""
+    file = Path(folder) / CONFIG
+    if not file.is_file():
+        raise MmsaeError(f"{folder} holds no SAELens dictionary: there is no {CONFIG} in it.")
+    try:
+        config = json.loads(file.read_text())
+        version = config.get("sae_lens_version") or config.get("metadata", {}).get("sae_lens_version") or "0"
+        return config if int(str(version).split(".")[0]) >= 6 else _from_before_6(config)
+    except (ValueError, AttributeError, TypeError, KeyError) as error:
+        raise MmsaeError(f"{file} is no config of SAELens ({type(error).__name__}: {error}).") from error
+
+
+def _from_before_6(old: dict[str, Any]) -> dict[str, Any]:
+    """The flat config of sae-lens 5 and older, with the defaults that it had."""
+    renamed = {"hook_point": "hook_name", "hook_point_head_index": "hook_head_index"}
+    config = {renamed.get(key, key): value for key, value in old.items()}
+    activation = config.get("activation_fn_str") or config.get("activation_fn") or "relu"
+    config.setdefault("architecture", "standard")
+    if activation == "topk":
+        config["architecture"], config["k"] = "topk", config["activation_fn_kwargs"]["k"]
+    elif activation != "relu":
+        raise MmsaeError(f"activation_fn={activation!r} of this SAELens config is not known here; known: relu, topk.")
+    if config.get("normalize_activations") is True:
+        config["normalize_activations"] = "expected_average_only_in"
+    described = ("model_name", "hook_name", "hook_layer", "hook_head_index", "dataset_path", "context_size",
+                 "prepend_bos", "neuronpedia_id")  # fmt: skip
+    config["metadata"] = {key: config[key] for key in described if key in config}
+    return config
+
+
+def load(folder: str | Path) -> SAECore:
+    """A dictionary from a SAELens folder, in `eval` mode and float32.
+
+    "standard" becomes ReLU, "topk" TopK, "jumprelu" JumpReLU, both transcoders a core with a stream `target`, and the
+    training checkpoints "batchtopk" and "matryoshka_batchtopk" BatchTopK and Matryoshka.
+
+    Args:
+        folder: Holds `cfg.json` and `sae_weights.safetensors`.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    architecture = config.get("architecture")
+    if architecture not in KNOWN:
+        raise MmsaeError(f"{folder} has the architecture {architecture!r}; known here: {', '.join(KNOWN)}.")
+    normalisation = config.get("normalize_activations") or "none"
+    if normalisation != "none":
+        why = NOT_FOLDED.get(
+            normalisation, "it rescales each row by itself, which no weights can absorb; normalise the activations"
+        )
+        raise MmsaeError(f"{folder} expects normalize_activations={normalisation!r}: {why} and save it with 'none'.")
+    try:
+        d_in, d_latent = int(config["d_in"]), int(config["d_sae"])
+        d_out = int(config["d_out"]) if architecture in TRANSCODERS else d_in
+    except (KeyError, TypeError, ValueError) as error:
+        raise MmsaeError(f"{folder / CONFIG} does not say how wide the dictionary is ({error}).") from error
+    tensors = _read_tensors(folder / WEIGHTS, architecture, d_in, d_latent, d_out)
+    spec = ActivationSpec({"x": d_in, TARGET: d_out}) if architecture in TRANSCODERS else ActivationSpec({"x": d_in})
+    core = _build(folder, config, spec, d_latent)
+
+    # SAELens's default is False for inference and True for training
+    rescale = config.get("rescale_acts_by_decoder_norm", architecture in TRAINING)
+    scalar = tensors.pop("topk_threshold", None)
+    if rescale and architecture in ("topk", *TRAINING):
+        _unit_rows(tensors)
+    centred = bool(config.get("apply_b_dec_to_input", True)) and architecture not in TRANSCODERS
+    if centred != core.subtracts_b_dec:
+        shift = tensors["b_dec"] @ tensors["W_enc"]
+        tensors["b_enc"] = tensors["b_enc"] + (shift if core.subtracts_b_dec else -shift)
+    with torch.no_grad():
+        for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
+            getattr(core, name).copy_(tensors[name])
+        if isinstance(core, JumpReLU):
+            core.theta.copy_(tensors["threshold"].clamp_min(0))  # SAELens multiplies by a ReLU as well
+            core.unit.fill_(1)
+        if isinstance(core, BatchTopK) and scalar is not None and scalar > 0:  # SAELens starts at 0: never measured
+            core.threshold.copy_(scalar)
+    return core.eval().requires_grad_(False)
+
+
+def _build(folder: Path, config: dict[str, Any], spec: ActivationSpec, d_latent: int) -> LinearCore:
+    architecture = TRANSCODERS.get(config["architecture"], config["architecture"])
+    if architecture == "standard":
+        return ReLU(spec, d_latent)
+    if architecture == "jumprelu":
+        return JumpReLU(spec, d_latent, target_l0=min(32, d_latent))
+    k = config.get("k")
+    if not isinstance(k, int | float) or k != int(k):
+        raise MmsaeError(
+            f"{folder / CONFIG} has k={k}, which is no whole number: "
+            "let SAELens write its inference model (save_inference_model), a jumprelu that can be read."
+        )
+    if architecture == "topk":
+        return TopK(spec, d_latent, int(k))
+    widths = config.get("matryoshka_widths") or [d_latent]
+    if architecture == "batchtopk":
+        return BatchTopK(spec, d_latent, int(k))
+    return Matryoshka(spec, d_latent, int(k), prefixes=[width / d_latent for width in widths])
+
+
+def _read_tensors(file: Path, architecture: str, d_in: int, d_latent: int, d_out: int) -> dict[str, Tensor]:
+    """The tensors in float64, every name and shape checked."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "W_enc": (d_in, d_latent), "b_enc": (d_latent,), "W_dec": (d_latent, d_out), "b_dec": (d_out,)
+    }  # fmt: skip
+    if architecture.startswith("jumprelu"):
+        shapes["threshold"] = (d_latent,)
+    if architecture in TRAINING:
+        shapes["topk_threshold"] = ()
+    try:
+        tensors = {name: tensor.double() for name, tensor in load_tensors(file.read_bytes()).items()}
+    except (OSError, SafetensorError) as error:
+        raise MmsaeError(f"{file} is missing or damaged ({error}).") from error
+    if "log_threshold" in tensors and "threshold" in shapes:  # training checkpoints of sae-lens before 6.40
+        tensors["threshold"] = tensors.pop("log_threshold").exp()
+    if not (tensors.pop("scaling_factor", torch.ones(())) == 1).all():
+        raise MmsaeError(f"{file} has a scaling_factor other than 1, of a finetuning that sae-lens 6 no longer reads.")
+    for name in sorted({*shapes, *tensors}):
+        if name not in tensors:
+            raise MmsaeError(f"{file} has no tensor {name!r}, which the architecture {architecture!r} needs.")
+        if name not in shapes:
+            raise MmsaeError(f"{file} has a tensor {name!r}, which the architecture {architecture!r} does not know.")
+        if tuple(tensors[name].shape) != shapes[name]:
+            shape = list(tensors[name].shape)
+            raise MmsaeError(f"tensor {name!r} in {file} has the shape {shape} instead of {list(shapes[name])}.")
+        if not torch.isfinite(tensors[name]).all():
+            raise MmsaeError(f"tensor {name!r} in {file} has values that are not finite.")
+    return tensors

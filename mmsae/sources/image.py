@@ -1,0 +1,84 @@
+"""What sources of images share: pictures to tensors, the patch grid, classification as the downstream measure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from mmsae.errors import MmsaeError
+from mmsae.sources.base import Source
+from mmsae.sources.items import picture, render_image
+from mmsae.sources.positions import grid_places, patch_grid, patch_kinds
+
+Task = Literal["classification"]
+
+
+class ImageSource(Source):
+    """A model that reads pictures; `load` sets `transform`, and `prefix` and `registers` where there are some."""
+
+    modality = "image"
+    prefix: int = 0  # class and register tokens in front of the patches
+    registers: int = 0  # how many of them are registers
+    transform: Callable[[Any], Tensor] | None = None  # picture to [C, H, W]
+    task: Task | None = None
+
+    def tensors(self, items: list[dict[str, Any]]) -> dict[str, Any]:
+        """`input` float `[B, C, H, W]`."""
+        if self.transform is None:
+            self.model  # noqa: B018, loading sets the transform
+        return {"input": stacked([self.transform(picture(item)) for item in items])}  # type: ignore[misc]
+
+    def forward(self, batch: dict[str, Any]) -> Any:
+        """What the model returns for `batch["input"]`."""
+        return self.model(batch["input"].to(self.placed))
+
+    def kinds(self, batch: dict[str, Any], T: int) -> Tensor:
+        """Class tokens, registers, patches."""
+        return patch_kinds(len(batch["sample_id"]), T, self._grid(batch, T)[0], self.registers)
+
+    def grid(self, batch: dict[str, Any], T: int) -> tuple[Tensor, Tensor]:
+        """Row and column of every patch."""
+        return grid_places(len(batch["sample_id"]), T, *self._grid(batch, T))
+
+    def outcomes(self, output: Any, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """`cross_entropy` (nats) and `accuracy` (0 or 1) against the label `class`, with `task="classification"`."""
+        return classification(output, batch) if self.task == "classification" else {}
+
+    def render(self, item: dict[str, Any]) -> dict[str, Any]:
+        """The picture and its caption."""
+        return render_image(item)
+
+    def _grid(self, batch: dict[str, Any], T: int) -> tuple[int, int, int]:
+        shape = batch["input"].shape
+        if len(shape) != 4:
+            return (self.prefix if self.prefix < T else 0), 0, 0
+        return patch_grid(T, self.prefix, shape[2], shape[3])
+
+
+def stacked(tensors: list[Tensor]) -> Tensor:
+    """One tensor of several; MmsaeError when their shapes differ."""
+    shapes = {tuple(tensor.shape) for tensor in tensors}
+    if len(shapes) > 1:
+        shown = ", ".join(map(str, sorted(shapes)))
+        raise MmsaeError(f"the inputs of one batch have different shapes ({shown}); make them equal with a transform.")
+    return torch.stack(tensors)
+
+
+def classification(output: Any, batch: dict[str, Any]) -> dict[str, Tensor]:
+    """Per example cross entropy and accuracy of logits `[B, n_classes]`; NaN where the label is unknown (-1)."""
+    if not isinstance(output, Tensor) or output.dim() != 2:
+        raise MmsaeError("task='classification' needs a model that returns logits [batch, classes]; leave task out.")
+    if "label.class" not in batch["columns"]:
+        raise MmsaeError("task='classification' needs a label named 'class' in item['labels']; leave task out.")
+    labels = batch["columns"]["label.class"].to(output.device)
+    if int(labels.max()) >= output.shape[1]:
+        raise MmsaeError(f"the label class={int(labels.max())} is none of the {output.shape[1]} classes of the model.")
+    known = labels >= 0
+    logits = output.float()
+    loss = cross_entropy(logits, labels.clamp(min=0), reduction="none")
+    right = (logits.argmax(1) == labels).float()
+    return {"cross_entropy": loss.where(known, torch.nan), "accuracy": right.where(known, torch.nan)}

@@ -1,0 +1,182 @@
+"""Image models of timm and torchvision."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from mmsae.errors import MmsaeError, nearest
+from mmsae.sources.image import ImageSource, Task
+from mmsae.sources.items import example_images
+from mmsae.sources.weights import existing_file, first_line, load_weights, needs
+
+
+class Timm(ImageSource):
+    """An image model of timm: ViT, DINOv2 and v3, SigLIP, ConvNeXt, Swin, ResNet …
+
+    Args:
+        model: Name in timm, `hf-hub:org/name`, or a local folder.
+        hook_points: Where to read, for example `blocks.11` (ViT), `layers.2` (Swin), `stages.3` (ConvNeXt).
+        pretrained: Download the weights.
+        checkpoint: Weight file to load instead.
+        image_size: Side in pixels; by default the one the model was made for.
+        config: Further arguments of `timm.create_model`.
+        channels_last: Feature maps are `[B, H, W, C]`; by default as the model says of itself.
+        task: "classification" measures logits against the label `class`.
+        kwargs: `positions`, `drop_special`, `drop_outliers`, `device`: see `Source`.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        hook_points: Sequence[str],
+        pretrained: bool = False,
+        checkpoint: str | Path | None = None,
+        image_size: int | None = None,
+        config: dict[str, Any] | None = None,
+        channels_last: bool | None = None,
+        task: Task | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(hook_points, **kwargs)
+        self.name = model
+        self.pretrained = pretrained
+        self.checkpoint = checkpoint
+        self.image_size = image_size
+        self.config = config or {}
+        self.maps_last = channels_last
+        self.task = task
+        self.side = 0
+
+    def load(self) -> nn.Module:
+        """`timm.create_model`, the weights, and the model's own preprocessing."""
+        timm = needs("timm", "Timm", "vision")
+        name = f"local-dir:{self.name}" if Path(self.name).is_dir() else self.name
+        if ":" not in name and not timm.is_model(name):
+            raise MmsaeError(f"timm has no model {name!r}; nearest: {nearest(name, timm.list_models())}.")
+        if self.checkpoint:
+            existing_file(self.checkpoint)
+        weights = not self.checkpoint and (self.pretrained or name.startswith("local-dir:"))
+        try:
+            model = timm.create_model(name, pretrained=weights, **self.config)
+        except TypeError as error:
+            raise MmsaeError(f"timm cannot build {name!r} with config {self.config} ({first_line(error)}).") from error
+        except Exception as error:
+            raise MmsaeError(
+                f"cannot fetch the timm model {name!r} ({first_line(error)}); without a connection give "
+                "checkpoint=/path/to/weights.safetensors."
+            ) from error
+        if self.checkpoint:
+            self._load_checkpoint(timm, model)
+        if self.image_size and hasattr(model, "set_input_size"):  # position embeddings and windows follow
+            model.set_input_size(img_size=self.image_size)
+
+        data = timm.data.resolve_model_data_config(model)
+        built_for = getattr(getattr(model, "patch_embed", None), "img_size", None)
+        height, width = (self.image_size,) * 2 if self.image_size else built_for or data["input_size"][1:]
+        data["input_size"] = (data["input_size"][0], height, width)
+        self.transform = timm.data.create_transform(**data, is_training=False)
+        self.side = max(height, width)
+        self.prefix = getattr(model, "num_prefix_tokens", 0) or 0
+        registers = getattr(model, "reg_token", None)
+        self.registers = 0 if registers is None else registers.shape[1]
+        last = str(getattr(model, "output_fmt", "")) in ("NHWC", "Format.NHWC")
+        self.channels_last = last if self.maps_last is None else self.maps_last
+        return model
+
+    def example_items(self) -> list[dict[str, Any]]:
+        """Plain pictures of the model's size."""
+        return (self.model, example_images(self.side))[1]
+
+    def describe(self) -> dict[str, Any]:
+        """Name and weights."""
+        given = {"pretrained": self.pretrained, "checkpoint": str(self.checkpoint) if self.checkpoint else None}
+        return {"model": self.name, "revision": None, **given, "image_size": self.image_size, "config": self.config}
+
+    def _load_checkpoint(self, timm: Any, model: nn.Module) -> None:
+        try:
+            timm.models.load_checkpoint(model, str(existing_file(self.checkpoint or "")), weights_only=True)
+        except Exception as error:  # any: a pickle, another model, a truncated file
+            path, why = str(self.checkpoint), first_line(error)
+            raise MmsaeError(f"the checkpoint {path!r} does not fit the timm model {self.name!r} ({why}).") from error
+
+
+class Torchvision(ImageSource):
+    """A classifier of torchvision.
+
+    Args:
+        model: Name in `torchvision.models.list_models()`.
+        hook_points: Where to read, for example `layer4` or `encoder.layers.*`.
+        weights: "DEFAULT" or another entry of the model's weights, downloaded; None for random ones.
+        checkpoint: Weight file to load instead.
+        image_size: Side in pixels; by default the one the model was trained with.
+        config: Further arguments of the model's builder.
+        channels_last: Feature maps are `[B, H, W, C]`; by default for Swin only.
+        task: "classification" measures logits against the label `class`.
+        kwargs: `positions`, `drop_special`, `drop_outliers`, `device`: see `Source`.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        hook_points: Sequence[str],
+        weights: str | None = None,
+        checkpoint: str | Path | None = None,
+        image_size: int | None = None,
+        config: dict[str, Any] | None = None,
+        channels_last: bool | None = None,
+        task: Task | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(hook_points, **kwargs)
+        self.name = model
+        self.weights = weights
+        self.checkpoint = checkpoint
+        self.image_size = image_size
+        self.config = config or {}
+        self.maps_last = channels_last
+        self.task = task
+        self.side = 0
+
+    def load(self) -> nn.Module:
+        """`torchvision.models.get_model`, the weights, and their preprocessing."""
+        models = needs("torchvision.models", "Torchvision", "vision")
+        if self.name not in models.list_models():
+            close = nearest(self.name, models.list_models())
+            raise MmsaeError(f"torchvision has no model {self.name!r}; nearest: {close}.")
+        known = models.get_model_weights(self.name)
+        if self.weights not in (None, "DEFAULT", *known.__members__):
+            names = ", ".join(known.__members__)
+            raise MmsaeError(f"torchvision has no weights {self.weights!r} for {self.name}; it has {names}.")
+        trained = known[self.weights] if self.weights else known.DEFAULT
+        try:
+            model = models.get_model(self.name, weights=None if self.checkpoint else self.weights, **self.config)
+        except OSError as error:
+            raise MmsaeError(
+                f"cannot fetch the weights {self.weights} of {self.name} ({first_line(error)}); without a connection "
+                "give checkpoint=/path/to/weights.pth."
+            ) from error
+        except TypeError as error:
+            why = first_line(error)
+            raise MmsaeError(f"torchvision cannot build {self.name} with config {self.config} ({why}).") from error
+        if self.checkpoint:
+            load_weights(model, self.checkpoint)
+
+        size = {"crop_size": self.image_size, "resize_size": self.image_size} if self.image_size else {}
+        self.transform = trained.transforms(**size)
+        self.side = self.image_size or trained.transforms.keywords["crop_size"]
+        self.prefix = 1 if hasattr(model, "class_token") else 0
+        self.channels_last = type(model).__name__ == "SwinTransformer" if self.maps_last is None else self.maps_last
+        return model
+
+    def example_items(self) -> list[dict[str, Any]]:
+        """Plain pictures of the model's size."""
+        return (self.model, example_images(self.side))[1]
+
+    def describe(self) -> dict[str, Any]:
+        """Name and weights."""
+        given = {"pretrained": self.weights, "checkpoint": str(self.checkpoint) if self.checkpoint else None}
+        return {"model": self.name, "revision": None, **given, "image_size": self.image_size, "config": self.config}

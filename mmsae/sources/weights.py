@@ -1,0 +1,80 @@
+"""Optional libraries and weight files, with a sentence where one is missing."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmsae.errors import MmsaeError
+
+
+def needs(module: str, user: str, extra: str) -> Any:
+    """Import an optional library; MmsaeError with the command that installs it.
+
+    Args:
+        module: Its import name.
+        user: Who needs it, for the sentence.
+        extra: The extra of mmsae that brings it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MmsaeError(f"{user} needs {module}: pip install 'mmsae[{extra}]' ({error}).") from error
+
+
+def first_line(error: BaseException, limit: int = 160) -> str:
+    """The beginning of a foreign error, to quote in a sentence of ours."""
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def existing_file(path: str | Path) -> Path:
+    """The path, with `~` expanded; MmsaeError if there is no such file."""
+    found = Path(path).expanduser()
+    if not found.is_file():
+        raise MmsaeError(f"there is no weight file {str(path)!r}; give the path of a .safetensors or .pt file.")
+    return found
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Load a state dict into a model, every name and shape as the model has it.
+
+    Args:
+        model: Where to.
+        path: `.safetensors`, or a PyTorch file with a state dict, bare or under `state_dict` or `model`.
+
+    Raises:
+        MmsaeError: No such file, not a weight file, or one of another model.
+    """
+    path = existing_file(path)
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state: dict[str, Any] = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)  # a pickle could run code
+    except Exception as error:
+        raise MmsaeError(f"the weight file {str(path)!r} cannot be read ({first_line(error)}).") from error
+    for key in ("state_dict", "model"):
+        if isinstance(state.get(key), dict):
+            state = state[key]
+    fitting(model, state, path)
+
+
+def fitting(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> None:
+    """`load_state_dict`, with one sentence instead of a list of a hundred names."""
+    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    own = model.state_dict()
+    missing, extra = own.keys() - state.keys(), state.keys() - own.keys()
+    shapes = [name for name in own.keys() & state.keys() if own[name].shape != state[name].shape]
+    wrong = [("lacks", sorted(missing)), ("also has", sorted(extra)), ("has in another shape", sorted(shapes))]
+    found = [(verb, names[0], f" and {len(names) - 1} more" if names[1:] else "") for verb, names in wrong if names]
+    if found:
+        said = ", ".join(f"{verb} {name!r}{more}" for verb, name, more in found)
+        raise MmsaeError(f"{str(path)!r} holds weights of another model than {type(model).__name__}: it {said}.")
+    model.load_state_dict(state)

@@ -104,13 +104,10 @@ class LatentStore:
         """Strongest code of each latent in each sample, float32 `[n_samples, d_latent]`; signs are kept."""
         ids, place = self.samples
         pooled = np.zeros((len(ids), self.d_latent), dtype=np.float32)
-        for sample, rows in enumerate(self.rows_of_sample):
-            block = self.codes[rows]
-            high = block.max(axis=0).toarray()[0]
-            if self.signed:
-                low = block.min(axis=0).toarray()[0]
-                high = np.where(-low > high, low, high)
-            pooled[sample] = high
+        entries = self.codes.tocoo()
+        cell = place[entries.row].astype(np.int64) * self.d_latent + entries.col
+        order = np.argsort(np.abs(entries.data), kind="stable")  # the strongest is written last
+        pooled.reshape(-1)[cell[order]] = entries.data[order]
         return pooled
 
     def labels(self) -> dict[str, np.ndarray]:

@@ -45,18 +45,21 @@ class Downstream(Analysis):
             "reconstructed": lambda x: core(x),  # type: ignore[return-value]
             "mean-ablated": lambda x: mean.expand_as(x),
         }
-        sums: dict[str, dict[str, float]] = {way: {} for way in ways}
+        found: dict[str, dict[str, list[Tensor]]] = {way: {} for way in ways}
         seen = 0
         for batch in tqdm(self._batches(data), desc="downstream", leave=False):
             for way, replace in ways.items():
                 outcomes = self._outcomes(source, batch, core.spec.input, replace)
                 for name, values in outcomes.items():
-                    sums[way][name] = sums[way].get(name, 0.0) + float(values.double().sum())
+                    found[way].setdefault(name, []).append(values.double().cpu())
             seen += len(batch["sample_id"])
         core.to("cpu")
-        if not sums["clean"]:
+        if not found["clean"]:
             return Result(name="Downstream", title="not measured: the source knows no task for its model")
-        means = {way: {name: total / seen for name, total in found.items()} for way, found in sums.items()}
+        means = {
+            way: {name: float(torch.cat(values).nanmean()) for name, values in measures.items()}
+            for way, measures in found.items()
+        }
         return self._result(means, seen)
 
     def _batches(self, data: Any) -> Iterator[dict[str, Any]]:

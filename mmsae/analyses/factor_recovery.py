@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
 
 from mmsae.analyses.base import Analysis, Result, Table
 from mmsae.analyses.fidelity import fitted_pca
 from mmsae.cores import Neurons, RandomDictionary, SAECore
 from mmsae.latents import LatentStore
-from mmsae.metrics.recovery import Recovery, both_signs, f1_score, recover
+from mmsae.metrics.recovery import Recovery, f1_score, recover
 
 GOOD = 0.9
 """AUROC from which a latent counts as standing for a value."""
@@ -63,12 +66,10 @@ class FactorRecovery(Analysis):
     def _features(
         self, core: SAECore, data: Any, split: str, names: dict[str, list[str]]
     ) -> tuple[tuple[np.ndarray, np.ndarray], list[tuple[str, str]]]:
-        store = LatentStore.build(core, data.rows(split), label=f"{type(core).__name__} on {split}")
-        features = store.pool()
-        found = store.labels()
+        features, found = pooled(core, data.rows(split), f"{type(core).__name__} on {split}")
         values = [(factor, value) for factor in names if factor in found for value in names[factor]]
         columns = [found[factor] == names[factor].index(value) for factor, value in values]
-        return (both_signs(features) if core.signed else features, np.stack(columns, axis=1)), values
+        return (features, np.stack(columns, axis=1)), values
 
     def _result(self, found: dict[str, Recovery], values: list[tuple[str, str]], labels: np.ndarray) -> Result:
         rows: list[list[Any]] = []
@@ -119,3 +120,35 @@ class FactorRecovery(Analysis):
         draws = [rng.integers(0, n, n) for _ in range(self.n_bootstrap)]
         means = [f1_score(predicted[i], labels[i]).mean() for i in draws]
         return (float(np.quantile(means, 0.025)), float(np.quantile(means, 0.975))) if means else (np.nan, np.nan)
+
+
+@torch.no_grad()
+def pooled(core: SAECore, batches: Any, label: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Strongest code of each latent in each sample, both signs of signed codes apart, and the labels of the samples.
+
+    Returns:
+        Features `[n_samples, d_latent or twice that]`, and factor to value index `[n_samples]`.
+    """
+    ids: list[Tensor] = []
+    parts: list[Tensor] = []
+    labels: dict[str, list[Tensor]] = {}
+    for batch in tqdm(batches, desc=label, leave=False):
+        z = core.encode(core.inputs(batch).float(), batch).dense()
+        z = torch.cat([z, -z], dim=1) if core.signed else z
+        own, place = batch["sample_id"].cpu().unique(return_inverse=True)
+        strongest = z.new_zeros(len(own), z.shape[1])
+        parts.append(strongest.scatter_reduce(0, place[:, None].expand_as(z), z, "amax"))
+        ids.append(own)
+        first = torch.zeros(len(own), dtype=torch.int64).scatter_reduce(
+            0, place, torch.arange(len(place)), "amin", include_self=False
+        )
+        for name, column in batch.items():
+            if name.startswith("label."):
+                labels.setdefault(name.removeprefix("label."), []).append(column.cpu()[first])
+    # a sample may be cut by the end of a batch
+    own, place = torch.cat(ids).unique(return_inverse=True)
+    stacked = torch.cat(parts)
+    features = stacked.new_zeros(len(own), stacked.shape[1])
+    features = features.scatter_reduce(0, place[:, None].expand_as(stacked), stacked, "amax")
+    found = {name: torch.zeros(len(own), dtype=torch.int64).scatter(0, place, torch.cat(v)) for name, v in labels.items()}
+    return features.numpy(), {name: values.numpy() for name, values in found.items()}

@@ -105,7 +105,3 @@ def f1_score(predicted: np.ndarray, labels: np.ndarray) -> np.ndarray:
     hits = (predicted & labels).sum(0)
     return 2 * hits / np.maximum(predicted.sum(0) + labels.sum(0), 1)
 
-
-def both_signs(features: np.ndarray) -> np.ndarray:
-    """Signed columns as two half-columns each, `[n, 2 m]`: positive parts, then negative parts."""
-    return np.concatenate([features, -features], axis=1)

@@ -168,7 +168,7 @@ class Source(ABC):
             batch: As collated.
 
         Returns:
-            `acts` (stream to float32 `[rows, width]`); int64 `[rows]` `sample_id`, `position`, `row`, `column`,
+            `acts` (stream to `[rows, width]`, in the precision of the model); int64 `[rows]` `sample_id`, `position`, `row`, `column`,
             `kind`, `modality` (-1: no such place; a mean has position -1); the columns of the batch, one entry a row.
 
         Raises:
@@ -203,9 +203,9 @@ class Source(ABC):
     def _positions(
         self, captured: Mapping[str, Tensor], batch: dict[str, Any]
     ) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor]]:
-        """The streams as float32 `[B, T, D]` with equal B and T, and the places of the positions."""
+        """The streams as `[B, T, D]` with equal B and T, and the places of the positions."""
         laid = {name: to_positions(tensor, self.channels_last) for name, tensor in captured.items()}
-        acts = {name: laid[name][0].float() for name in [point.name for point in self.points]}
+        acts = {name: laid[name][0] for name in [point.name for point in self.points]}
         first, stream = next(iter(acts.items()))
         B, T = len(batch["sample_id"]), stream.shape[1]
         for name, other in acts.items():

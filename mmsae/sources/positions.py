@@ -102,7 +102,7 @@ def ordinary_norms(acts: Tensor, wanted: Tensor, multiple: float) -> Tensor:
     A few positions of large models carry norms a hundred times those of the others; a dictionary would spend itself
     on them.
     """
-    norms = acts.norm(dim=-1)  # [B, T]
+    norms = acts.float().norm(dim=-1)  # [B, T]
     limit = multiple * norms[wanted].nanmedian() if wanted.any() else norms.new_tensor(0.0)
     return ~(norms > limit) | ~norms.isfinite()  # what is not finite stays, to be reported instead of dropped
 
@@ -110,5 +110,5 @@ def ordinary_norms(acts: Tensor, wanted: Tensor, multiple: float) -> Tensor:
 def pooled(acts: Tensor, chosen: Tensor) -> Tensor:
     """Mean of the chosen positions of every example that has some: `[B, T, D]` to `[rows, D]`."""
     has = chosen.any(1)
-    total = acts.masked_fill(~chosen[..., None], 0).sum(1)  # filled, not multiplied: padding may hold NaN
-    return total[has] / chosen.sum(1, keepdim=True)[has]
+    total = acts.float().masked_fill(~chosen[..., None], 0).sum(1)  # filled, not multiplied: padding may hold NaN
+    return (total[has] / chosen.sum(1, keepdim=True)[has]).to(acts.dtype)

@@ -35,7 +35,7 @@ class ExtractModule(L.LightningModule):
     ) -> None:
         super().__init__()
         self.out = Path(out)
-        self.dtype: str = dtype
+        self.stored_dtype: str = dtype
         self.rows_per_shard, self.covariance = rows_per_shard, covariance
         self.splits: list[Split] = list(splits or ("train", "val", "test"))
         self.writers: dict[Split, Writer] = {}
@@ -56,7 +56,7 @@ class ExtractModule(L.LightningModule):
             "examples_per_forward": self.data.examples_per_forward,
             "precision": precision,
         }
-        sizes = (self.dtype, self.rows_per_shard, self.covariance)
+        sizes = (self.stored_dtype, self.rows_per_shard, self.covariance)
         return Writer(self.out / split, plan, *sizes, rank, world_size)
 
     def predict_dataloader(self) -> list[Any]:

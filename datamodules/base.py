@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import deque
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from mmsae.errors import MmsaeError, checked
 from mmsae.sources import Source
 from mmsae.sources.items import render_image
-from mmsae.spec import ActivationSpec, Batch
+from mmsae.spec import ActivationSpec, Batch, map_batch
 from mmsae.store import Batches, DiskChunks, LiveChunks, Statistics, Store
 
 Split = Literal["train", "val", "test"]
@@ -42,6 +43,7 @@ class ActivationDataModule(L.LightningDataModule):
 
     factors: ClassVar[dict[str, tuple[str, ...]]] = {}
     """Names of the values of each label."""
+    allow_zero_length_dataloader_with_multiple_devices = True  # a small validation split may not reach every rank
 
     def __init__(
         self,
@@ -139,17 +141,17 @@ class ActivationDataModule(L.LightningDataModule):
 
     # ---- loaders
 
-    def train_dataloader(self) -> Batches:
+    def train_dataloader(self) -> TrainedBatches:
         """Shuffled batches, resumable in the middle of an epoch."""
         store, share = self.stored("train"), self._share()
         chunk_rows = max(self.chunk_rows - self.chunk_rows % self.batch_size, self.batch_size)
         if store is not None:
             chunks = DiskChunks(store, chunk_rows, self.block_rows, self.columns, *share)
-            return Batches(chunks, self.batch_size, self.seed)
+            return TrainedBatches(chunks, self.batch_size, self.seed)
         assert self.source is not None
         items = _not_empty(self.items("train"), type(self).__name__, "train")
         live = LiveChunks(self.source, items, chunk_rows, self.examples_per_forward, self.columns, *share)
-        return Batches(live, self.batch_size, self.seed)
+        return TrainedBatches(live, self.batch_size, self.seed)
 
     def val_dataloader(self) -> Rows:
         """The validation split in order."""
@@ -176,6 +178,31 @@ class ActivationDataModule(L.LightningDataModule):
     def _share(self) -> tuple[int, int]:
         trainer = self.trainer
         return (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
+
+
+class TrainedBatches(Batches):
+    """Batches whose saved position is that of the last one trained on.
+
+    Lightning fetches one batch ahead from a loader that does not know its length, as live activations do not; a resumed
+    run would skip that batch. So the module tells of each batch that it takes, by `trained`.
+    """
+
+    _taken: dict[str, Any] | None = None
+
+    def __iter__(self) -> Iterator[Batch]:
+        self._fetched: deque[dict[str, Any]] = deque(maxlen=8)
+        for batch in super().__iter__():
+            self._fetched.append(super().state_dict())
+            yield batch
+
+    def trained(self) -> None:
+        """The oldest batch that was fetched is in use."""
+        if self._fetched:
+            self._taken = self._fetched.popleft()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position after the batch in use."""
+        return self._taken or super().state_dict()
 
 
 class Rows:
@@ -209,7 +236,8 @@ class Rows:
         assert self.data.source is not None
         for items in self.loader:
             with torch.no_grad():
-                yield self.data.source.read(items)
+                rows = self.data.source.read(items)
+            yield map_batch(rows, lambda t: t.cpu())  # where dictionaries that are analysed are
 
 
 def _not_empty(items: Dataset[dict[str, Any]], name: str, split: str) -> Dataset[dict[str, Any]]:

@@ -52,8 +52,14 @@ class ImageFolder(ActivationDataModule):
     @property
     def factors(self) -> dict[str, tuple[str, ...]]:  # type: ignore[override]
         """The classes, if the pictures lie in more than one folder."""
-        names = tuple(sorted({path.parent.name for path in self._files}))
-        return {"class": names} if len(names) > 1 else {}
+        names = {self._class(path) for path in self._files} - {None}
+        return {"class": tuple(sorted(names))} if len(names) > 1 else {}
+
+    def _class(self, path: Path) -> str | None:
+        folder = path.parent.relative_to(self.root)
+        if self._own_splits and len(folder.parts) < 2:  # directly in the folder of a split, or in none
+            return None
+        return path.parent.name
 
     def items(self, split: Split) -> Dataset[dict[str, Any]]:
         """Paths; sources open them."""
@@ -65,7 +71,8 @@ class ImageFolder(ActivationDataModule):
         classes = self.factors.get("class", ())
 
         def make(path: Path, sample_id: int) -> dict[str, Any]:
-            labels = {"class": classes.index(path.parent.name)} if classes else {}
-            return {"image": str(path), "text": path.stem, "sample_id": sample_id, "labels": labels}
+            name = self._class(path)
+            labels = {"class": classes.index(name) if name in classes else -1} if classes else {}
+            return {"image": str(path), "sample_id": sample_id, "labels": labels}
 
         return Items(files, make)

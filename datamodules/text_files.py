@@ -68,16 +68,19 @@ class TextFiles(ActivationDataModule):
 
     def _read(self, path: Path) -> Iterator[str]:
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
             raise MmsaeError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
         if path.suffix.lower() == ".txt":
             yield from text.split(self.separator) if self.separator else [text]
             return
         try:
-            lines = text.splitlines() if path.suffix.lower() == ".jsonl" else None
+            lines = text.split("\n") if path.suffix.lower() == ".jsonl" else None
             rows = json.loads(text) if lines is None else [json.loads(line) for line in lines if line.strip()]
-            yield from (row[self.text_key] for row in rows)
+            texts = [row[self.text_key] for row in rows]
+            if wrong := [t for t in texts if not isinstance(t, str)]:
+                raise TypeError(f"one entry is {wrong[0]!r}, which is no text")
+            yield from texts
         except (ValueError, KeyError, TypeError) as error:
             raise MmsaeError(f"{path} is no JSON with a column {self.text_key!r} ({error}): set text_key.") from error
 
@@ -90,4 +93,8 @@ class TextFiles(ActivationDataModule):
     def _pieces(self, text: str) -> list[str]:
         if len(text) <= self.max_characters:
             return [text]
-        return textwrap.wrap(text, self.max_characters, replace_whitespace=False, drop_whitespace=False)
+        pieces = textwrap.wrap(
+            text, self.max_characters, expand_tabs=False, replace_whitespace=False, drop_whitespace=False,
+            break_on_hyphens=False,
+        )  # fmt: skip
+        return [piece for piece in pieces if piece.strip()]

@@ -91,7 +91,9 @@ def find(path: str | Path) -> Path:
         if (candidate / CONFIG).is_file() and (candidate / WEIGHTS).is_file():
             return candidate
     if folder.exists():
-        raise MmsaeError(f"{folder} holds no trained dictionary ({CONFIG} and {WEIGHTS}): give a run or its sae folder.")
+        raise MmsaeError(
+            f"{folder} holds no trained dictionary ({CONFIG} and {WEIGHTS}): give a run or its sae folder."
+        )
     parts = str(path).split("/")
     if len(parts) < 2 or str(path).startswith((".", "/", "~")):
         raise MmsaeError(f"{folder} does not exist: give a run folder, its sae folder, or a hub id owner/name.")
@@ -102,9 +104,9 @@ def _download(repository: str, subfolder: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
-        raise MmsaeError(f"{repository} is no local folder; to load it from the hub: pip install huggingface_hub") from (
-            error
-        )
+        raise MmsaeError(
+            f"{repository} is no local folder; to load it from the hub: pip install huggingface_hub"
+        ) from error
     prefix = f"{subfolder}/" if subfolder else ""
     try:
         root = snapshot_download(repository, allow_patterns=[f"{prefix}{CONFIG}", f"{prefix}{WEIGHTS}"])

@@ -37,7 +37,7 @@ class Downstream(Analysis):
             return Result(name="Downstream", title="not measured: there is no model, only stored activations")
         if source.positions == "mean":
             return Result(name="Downstream", title="not measured: pooled activations cannot be put back")
-        device = next(source.model.parameters()).device
+        device = source.placed
         core = core.to(device)
         mean = self._mean(core, data).to(device)
         ways: dict[str, Callable[[Tensor], Tensor] | None] = {

@@ -7,10 +7,14 @@ import warnings
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-import mmsae.sources  # noqa: F401  (its imports are the registry)
+import mmsae
+from mmsae.cli.help import shorten
 from mmsae.cli.messages import Parser
+from mmsae.errors import MmsaeError, checked
 
 NOISE = (
     r".*isinstance\(treespec, LeafSpec\).*",
@@ -42,10 +46,17 @@ class MmsaeCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Threads."""
-        parser.add_argument("--threads", type=int | None, default=None, help="CPU threads of torch; default: its own.")
+        parser.add_argument("--threads", type=int | None, default=None, help="CPU threads of torch.")
 
     def before_instantiate_classes(self) -> None:
         """Threads first."""
         threads = self.config.get(str(self.subcommand), self.config).get("threads")
         if threads:
-            torch.set_num_threads(threads)
+            torch.set_num_threads(checked("threads", threads, 1))
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Lightning's refusals (no such accelerator, ...) are the user's to read."""
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, ValueError, TypeError) as error:
+            raise MmsaeError(f"--trainer: {str(error).strip().splitlines()[0]}") from error

@@ -39,9 +39,11 @@ class FitCLI(MmsaeCLI):
         parser.link_arguments("data.spec", "model.spec", apply_on="instantiate")
 
     def before_instantiate_classes(self) -> None:
-        """A resume must name its checkpoint."""
+        """A resume must name its checkpoint; checkpoints are read without running code that is pickled in them."""
         super().before_instantiate_classes()
         config = self.config.get(str(self.subcommand), self.config)
+        if config.get("weights_only") is None:
+            config["weights_only"] = True
         checkpoint = config.get("ckpt_path")
         if checkpoint in ("last", "best", "hpc") and self.subcommand == "fit":
             raise MmsaeError(
@@ -104,7 +106,7 @@ class FitCLI(MmsaeCLI):
         width = max(p["values"].shape[1] for p in predictions)
         pad = torch.nn.functional.pad
         tensors = {
-            key: torch.cat([pad(p[key], (0, width - p[key].shape[1])) if p[key].ndim == 2 else p[key] for p in predictions])
+            key: torch.cat([pad(t, (0, width - t.shape[1])) if t.ndim == 2 else t for t in (p[key] for p in predictions)])
             for key in predictions[0]
         }
         path = Path(self.trainer.log_dir) / "codes.safetensors"

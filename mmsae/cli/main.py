@@ -20,6 +20,11 @@ VERBS = {
     "convert": ("mmsae.cli.convert", "write a dictionary in SAELens format, or read one"),
 }
 
+AGAIN = {
+    "fit": "--resume RUN goes on from its last checkpoint",
+    "extract": "the same command goes on where it stopped",
+}
+
 HELP = """\
 mmsae: sparse autoencoders for every modality
 
@@ -29,6 +34,7 @@ mmsae: sparse autoencoders for every modality
 
   mmsae VERB --help               all options of a verb
   mmsae fit --model.core.help=X   the options of core X
+  mmsae fit --resume RUN          go on with an interrupted run
 
 Start: mmsae fit --config recipes/scenes_topk.yaml"""
 
@@ -53,12 +59,27 @@ def main(args: list[str] | None = None) -> None:
         return
     try:
         _verb(words[0])(words)
-    except MmsaeError as error:
-        print(f"mmsae {words[0]}: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
     except KeyboardInterrupt:
-        print(f"mmsae {words[0]}: interrupted; the same command goes on where it stopped.", file=sys.stderr)
+        print(f"mmsae {words[0]}: interrupted; {AGAIN.get(words[0], 'run it again')}.", file=sys.stderr)
         raise SystemExit(130) from None
+    except Exception as error:
+        said = sentence(error)
+        if said is None:
+            raise
+        print(f"mmsae {words[0]}: {said}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def sentence(error: BaseException) -> str | None:
+    """What to tell the user, or None for a bug of ours; libraries in between may have wrapped the error."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, MmsaeError):
+            return str(cause)
+        cause = cause.__cause__ or cause.__context__
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename or 'input or output'}: {error.strerror}."
+    return None
 
 
 def _verb(name: str) -> Callable[[list[str]], None]:
@@ -66,7 +87,7 @@ def _verb(name: str) -> Callable[[list[str]], None]:
         raise MmsaeError(f"there is no such verb; nearest: {nearest(name, VERBS)}. See mmsae --help.")
     home = import_module("datamodules")
     if not hasattr(home, "ActivationDataModule"):
-        where = getattr(home, "__file__", None) or list(getattr(home, "__path__", ["?"]))[0]
+        where = getattr(home, "__file__", None) or next(iter(getattr(home, "__path__", ["?"])))
         raise MmsaeError(f"{where} stands in the way of mmsae's own datamodules: rename it, or run elsewhere.")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # for --model.core=my_file.MyCore; last, so that it hides nothing

@@ -1,4 +1,4 @@
-"""SAELens folders: `cfg.json` beside `sae_weights.safetensors`, as written by sae-lens 6 (older configs are read too)."""
+"""SAELens folders: `cfg.json` beside `sae_weights.safetensors`, as sae-lens 6 writes them; older ones are read too."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
@@ -41,17 +42,21 @@ class Batches:
         batch_size: Rows per batch.
         seed: Of the order.
         read_ahead: Whether to read the next chunk in the background.
+        ahead: Batches that the consumer fetches before it uses them, so that `state_dict` speaks of the used ones.
+            Lightning fetches one ahead from a loader without a length, and none from one with a length.
     """
 
-    def __init__(self, chunks: Chunks, batch_size: int, seed: int = 0, read_ahead: bool = True) -> None:
-        self.chunks, self.seed, self.read_ahead = chunks, seed, read_ahead
+    def __init__(
+        self, chunks: Chunks, batch_size: int, seed: int = 0, read_ahead: bool = True, ahead: int = 0
+    ) -> None:
+        self.chunks, self.seed, self.read_ahead, self.ahead = chunks, seed, read_ahead, ahead
         self.batch_size = checked("batch_size", batch_size, 1)
         if chunks.n_rows is not None and batch_size > chunks.n_rows:
             raise MmsaeError(
                 f"batch_size={batch_size} is larger than the data ({chunks.n_rows} activation rows): lower it."
             )
         self.next_epoch = 0
-        self._state: dict[str, Any] | None = None  # of the running epoch
+        self._states: deque[dict[str, Any]] = deque(maxlen=ahead + 1)  # of the running epoch, newest last
         self._resume: dict[str, Any] | None = None
 
     def __len__(self) -> int:
@@ -65,18 +70,19 @@ class Batches:
         else:
             state = {"epoch": self.next_epoch, "cursor": 0, "used": 0, "carry": None}
         self.next_epoch = state["epoch"] + 1
-        self._state = state
-        epoch = state["epoch"]
+        self._states.clear()
+        self._states.append(dict(state))
+        epoch: int = state["epoch"]
         cursor: int | None = state["cursor"]
         with ThreadPoolExecutor(1) as pool:
-            ahead = self._fetch(pool, epoch, cursor)
+            ahead = self._fetch(pool, epoch, state["cursor"])
             while cursor is not None:
                 rows, following = ahead.result()
                 if following is not None:
                     ahead = self._fetch(pool, epoch, following)
                 if rows_of(rows):
-                    order = np.random.default_rng([self.seed, epoch, 1, cursor]).permutation(rows_of(rows))
-                    order = torch.from_numpy(order)
+                    random = np.random.default_rng([self.seed, epoch, 1, cursor])
+                    order = torch.from_numpy(random.permutation(rows_of(rows)))
                     rows = map_batch(rows, lambda t, order=order: t[order])
                 if state["carry"] is not None:
                     rows = concatenate([state["carry"], rows])
@@ -84,12 +90,13 @@ class Batches:
                 n_used = n if following is None else n - n % self.batch_size
                 for start in range(state["used"] * self.batch_size, n_used, self.batch_size):
                     state["used"] += 1
-                    if following is None and start + self.batch_size >= n:  # the epoch's last: the next comes after it
-                        state.update(cursor=None, used=0, carry=None)
+                    self._states.append(dict(state))
                     yield map_batch(rows, lambda t, a=start: t[a : a + self.batch_size])
                 carry = map_batch(rows, lambda t, a=n_used: t[a:].clone()) if n_used < n else None
                 cursor = following
                 state.update(cursor=cursor, used=0, carry=carry)
+        self._states.clear()
+        self._states.append(dict(state))
 
     def _fetch(self, pool: ThreadPoolExecutor, epoch: int, cursor: int) -> Future[tuple[Batch, int | None]]:
         if self.read_ahead:
@@ -112,17 +119,19 @@ class Batches:
         return map_batch(concatenate(taken), lambda t: t[:n_rows])
 
     def state_dict(self) -> dict[str, Any]:
-        """Position in the running epoch."""
-        state = self._resume or self._state
-        if state is None:
+        """Position in the running epoch; after its last batch the rest of it is empty, which is what Lightning wants."""
+        if self._resume is not None:
+            return {"seed": self.seed, **self._resume}
+        if not self._states:
             return {"seed": self.seed, "epoch": self.next_epoch, "cursor": 0, "used": 0, "carry": None}
-        return {"seed": self.seed, **state}
+        return {"seed": self.seed, **self._states[0]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a position; the next `iter` finishes that epoch."""
         state = dict(state)
         if state.pop("seed") != self.seed:
             raise MmsaeError(f"the checkpoint was made with another data seed than {self.seed}: resume with that one.")
+        self._states.clear()
         if state["cursor"] is None:  # that epoch was complete
             self.next_epoch = state["epoch"] + 1
         else:

@@ -94,16 +94,21 @@ class Writer:
         if self.rank == 0 and not (self.folder / PLAN).is_file():
             write_atomic(self.folder / PLAN, json.dumps(self.plan, indent=1).encode())
         self.folder.mkdir(parents=True, exist_ok=True)
-        for leftover in self.folder.glob(f"{self.rank:03d}-*.part"):  # of a writer that was killed
-            leftover.unlink()
         self.n_shards, progress = 0, Progress(0, 0)
         while (commit := self._commit_path(self.n_shards)).is_file():
             entry = json.loads(commit.read_text())
             Shard.open(self.folder / entry["file"])  # a truncated one is named here
             progress = Progress(*entry["end"])
             self.n_shards += 1
+        if not (self.folder / MANIFEST).is_file():  # what a killed writer left behind
+            leftovers = [*self.folder.glob(f"{self.rank:03d}-*.part"), self.folder / self._shard_name(self.n_shards)]
+            for path in leftovers:
+                path.unlink(missing_ok=True)
         self.n_batches, self.skip_rows = progress
         return progress
+
+    def _shard_name(self, index: int) -> str:
+        return f"{self.rank:03d}-{index:05d}.safetensors"
 
     def _commit_path(self, index: int) -> Path:
         return self.folder / f"{self.rank:03d}-{index:05d}.json"
@@ -139,7 +144,7 @@ class Writer:
     def _write(self, end: tuple[int, int]) -> None:
         rows = concatenate(self.pending)
         data = encode_shard(rows, self.covariance)
-        name = f"{self.rank:03d}-{self.n_shards:05d}.safetensors"
+        name = self._shard_name(self.n_shards)
         write_atomic(self.folder / name, data)
         entry = {
             "file": name,

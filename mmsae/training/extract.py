@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,6 +13,26 @@ from mmsae.store import Writer
 
 if TYPE_CHECKING:
     from datamodules.base import ActivationDataModule, Split
+
+
+class Remaining:
+    """What a rank has left to do of a split.
+
+    Not a `DataLoader`, because Lightning would deal those out to the ranks once more; and never of length 0, because
+    then Lightning runs nothing, and an extraction that was killed before its manifest would never get one.
+
+    Args:
+        batches: Of this rank.
+    """
+
+    def __init__(self, batches: Iterable[Any]) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return max(len(self.batches), 1)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.batches)
 
 
 class ExtractModule(L.LightningModule):
@@ -68,7 +89,7 @@ class ExtractModule(L.LightningModule):
                 continue
             skip = writer.resume().batches
             self.writers[split] = writer
-            loaders.append(self.data.item_batches(split, skip, trainer.global_rank, trainer.world_size))
+            loaders.append(Remaining(self.data.item_batches(split, skip, trainer.global_rank, trainer.world_size)))
         return loaders
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:

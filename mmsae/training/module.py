@@ -114,7 +114,10 @@ class SAEModule(L.LightningModule):
         return {**batch, ACTS: {s: self._normaliser(s)(batch[ACTS][s]) for s in self.spec.streams}}
 
     def setup(self, stage: str) -> None:
-        """Refuse data of another width before any work."""
+        """Refuse data of another width, and devices that a core cannot share, before any work."""
+        alone = [type(core).__name__ for _, core in self._cores() if core.gradient_free]
+        if alone and stage == "fit" and self.trainer.world_size > 1:
+            raise MmsaeError(f"{alone[0]} learns from one pass on one device: set trainer.devices=1.")
         data = getattr(self.trainer, "datamodule", None)
         spec = getattr(data, "spec", None)
         for stream, width in self.spec.streams.items():
@@ -150,8 +153,11 @@ class SAEModule(L.LightningModule):
         return int(total) if 0 < total < float("inf") else None
 
     def on_train_start(self) -> None:
-        """Statistics and data-dependent initialisation, once; not when resuming."""
+        """Statistics and data-dependent initialisation, once; when resuming, random generators go on where they were."""
         self._sparsity_steps = self.sparsity_warmup * (self.total_steps or 20_000)
+        if getattr(self, "_rng", None) is not None:  # not at the start of an epoch: in the middle of one there is none
+            restore_rng(self._rng)
+            self._rng = None
         if self.started:
             return
         with torch.no_grad():
@@ -188,6 +194,8 @@ class SAEModule(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
         """Sum of all loss terms of all cores."""
+        if hasattr(self.trainer.train_dataloader, "trained"):
+            self.trainer.train_dataloader.trained()
         batch = self.normalised(batch)
         n_rows = int(self._join(torch.tensor(rows_of(batch)), "sum"))
         loss: Tensor | None = None
@@ -347,12 +355,6 @@ class SAEModule(L.LightningModule):
         """Refuse a checkpoint of another dictionary; shapes alone would not tell."""
         check_description(checkpoint, describe(dict(self._cores())), self.normalise)
         self._rng = checkpoint.get("rng")
-
-    def on_train_epoch_start(self) -> None:
-        """Random generators go on where the checkpoint left them."""
-        if getattr(self, "_rng", None) is not None:
-            restore_rng(self._rng)
-            self._rng = None
 
     @torch.no_grad()
     def export(self, name: str = MAIN) -> SAECore:

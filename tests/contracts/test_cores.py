@@ -1,0 +1,273 @@
+"""What every core promises, run over all of them; a new core fails here until it has a case."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from mmsae import artifact
+from mmsae.cores import PCA, Affine, BatchTopK, JumpReLU, LinearCore, Matryoshka, Neurons, RandomDictionary, SAECore
+from mmsae.cores import ReLU as ReLUCore
+from mmsae.cores import TopK as TopKCore
+from mmsae.spec import ACTS, TARGET
+from mmsae.subclasses import subclasses
+from mmsae.training.normalise import Normaliser, moments
+
+D, M = 12, 24
+CASES = {
+    "BatchTopK": lambda: BatchTopK(D, M, k=3, dead_after=40),
+    "JumpReLU": lambda: JumpReLU(D, M, target_l0=4, threshold=0.3),
+    "JumpReLU-tanh": lambda: JumpReLU(D, M, sparsity_loss="tanh", target_l0=4, threshold=0.3, dead_after=40),
+    "JumpReLU-target_l0": lambda: JumpReLU(D, M, sparsity_loss="target_l0", target_l0=4, threshold=0.3),
+    "Matryoshka": lambda: Matryoshka(D, M, k=3, prefixes=(0.25, 0.5, 1), dead_after=40),
+    "Neurons": lambda: Neurons(D, k=3),
+    "PCA": lambda: PCA(D, 8, k=3),
+    "PCA-all": lambda: PCA(D),
+    "RandomDictionary": lambda: RandomDictionary(D, M, k=3),
+    "ReLU": lambda: ReLUCore(D, M, l1_coefficient=0.1),
+    "ReLU-unit": lambda: ReLUCore(D, M, l1_coefficient=0.1, decoder_norm="unit"),
+    "TopK": lambda: TopKCore(D, M, k=3, dead_after=40),
+}
+TRANSCODERS = {
+    "BatchTopK": lambda: BatchTopK({"x": D, TARGET: 7}, M, k=3),
+    "JumpReLU": lambda: JumpReLU({"x": D, TARGET: 7}, M, target_l0=4, threshold=0.3),
+    "Matryoshka": lambda: Matryoshka({"x": D, TARGET: 7}, M, k=3),
+    "ReLU": lambda: ReLUCore({"x": D, TARGET: 7}, M),
+    "TopK": lambda: TopKCore({"x": D, TARGET: 7}, M, k=3),
+}
+MODES = ("none", "center", "scale", "center_scale", "whiten")
+
+
+def rows(n, seed=0):
+    return torch.randn(n, D, generator=torch.Generator().manual_seed(seed)) @ MIX + 0.5
+
+
+MIX = torch.randn(D, D, generator=torch.Generator().manual_seed(9)) / D**0.5
+
+
+def batch_of(x, core):
+    acts = {core.spec.input: x}
+    if TARGET in core.spec.streams:
+        acts[TARGET] = x[..., : core.spec.d_out] ** 2
+    return {ACTS: acts}
+
+
+def trained(make, steps=12):
+    """A core after a few real steps: thresholds measured, biases moved, decoder rows no longer at their start."""
+    torch.manual_seed(0)
+    core = make().train()
+    core.start(batch_of(rows(256), core))
+    if core.gradient_free:
+        batch = batch_of(rows(256), core)
+        core.partial_fit(batch)
+        core.count(torch.ones(core.d_latent, dtype=torch.int64), 256)
+    else:
+        optimizer = torch.optim.Adam(core.parameter_groups(), lr=1e-2)
+        for step in range(1, steps + 1):
+            losses = core.losses(batch_of(rows(64, step), core))
+            optimizer.zero_grad()
+            torch.stack(list(losses.terms.values())).sum().backward()
+            core.before_step()
+            optimizer.step()
+            core.after_step(step, losses.codes.detach())
+            core.count(losses.codes.firings(), 64)
+    core.finish()
+    return core.eval()
+
+
+@pytest.fixture(params=CASES, ids=str)
+def core(request):
+    return trained(CASES[request.param])
+
+
+def test_every_core_has_a_case():
+    ours = {name for name, cls in subclasses(SAECore).items() if cls.__module__.startswith("mmsae.")}
+    assert {name.split("-")[0] for name in CASES} == ours
+
+
+@pytest.mark.parametrize("shape", [(5, D), (2, 3, D), (1, D)], ids=str)
+@torch.no_grad()
+def test_shapes(core, shape):
+    x = rows(6)[: shape[0] if len(shape) == 2 else 6].reshape(shape)
+    codes = core.encode(x)
+    assert codes.dense().shape == (*shape[:-1], core.d_latent)
+    assert core.decode(codes).shape == shape
+    assert core(x).shape == shape
+    assert core.dictionary.shape == (core.d_latent, core.spec.d_out)
+    assert codes.l0().shape == shape[:-1]
+    assert codes.l0().sum() > 0 or len(x) == 1
+
+
+@pytest.mark.parametrize("what", ["zeros", "one row", "constant rows"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_degenerate_batches_give_finite_losses_and_gradients(core, what, training):
+    x = {"zeros": torch.zeros(8, D), "one row": rows(1), "constant rows": rows(1).expand(8, D)}[what]
+    if core.gradient_free:
+        assert torch.isfinite(core(x)).all()
+        return
+    core.rows_since_fired.fill_(10**9)  # all are dead, so that auxiliary terms take part
+    losses = core.train(training).losses(batch_of(x, core))
+    total = torch.stack(list(losses.terms.values())).sum()
+    total.backward()
+    assert torch.isfinite(total)
+    for name, parameter in core.named_parameters():
+        assert parameter.grad is None or torch.isfinite(parameter.grad).all(), name
+
+
+@torch.no_grad()
+def test_a_row_does_not_depend_on_its_neighbours(core):
+    x, order = rows(40, 3), torch.randperm(40)
+    codes = core.encode(x).dense()
+    assert_close(core.encode(x[order]).dense(), codes[order])
+    assert_close(torch.cat([core.encode(row[None]).dense() for row in x]), codes)
+
+
+@torch.no_grad()
+def test_training_in_between_does_not_change_inference(core):
+    x = rows(30, 4)
+    before = core.encode(x).dense()
+    core.train()
+    core.encode(rows(9))
+    assert_close(core.eval().encode(x).dense(), before, rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_config_and_weights_rebuild_the_core(core, tmp_path):
+    again = type(core)(**json.loads(json.dumps(core.config)))
+    again.load_state_dict(core.state_dict())
+    saved = artifact.load(artifact.save(core, tmp_path / "sae"))
+    x = rows(30, 5)
+    for twin in (again.eval(), saved):
+        assert twin.config == core.config
+        assert_close(twin.encode(x).dense(), core.encode(x).dense(), rtol=0, atol=0)
+        assert_close(twin(x), core(x), rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_dense_and_sparse_codes_decode_alike(core):
+    codes = core.encode(rows(20, 6))
+    dense = codes.dense()
+    assert_close(core.decode(codes), core.decode(type(codes)(dense, None, core.d_latent)))
+    assert_close(core.decode(type(codes)(dense, None, core.d_latent).sparse()), core.decode(codes))
+    if core.linear_decode:
+        origin = core.decode(type(codes)(torch.zeros_like(dense), None, core.d_latent))
+        assert_close(core.decode(codes) - origin, dense @ core.dictionary, atol=1e-5, rtol=1e-5)
+
+
+def test_two_ranks_keep_the_same_books_as_one(core):
+    x = rows(60, 7)
+    alone, ranks = fresh_books(core), [fresh_books(core), fresh_books(core)]
+    for part in (slice(0, 20), slice(20, 60)):
+        whole = core.encode(x[part])
+        alone.count(whole.firings(), len(x[part]))
+        shares = [core.encode(x[part][rank::2]) for rank in range(2)]
+        for rank in ranks:
+            rank.count(sum(share.firings() for share in shares), sum(len(x[part][r::2]) for r in range(2)))
+    for rank in ranks:
+        assert_close(rank.rows_since_fired, alone.rows_since_fired)
+        assert int(rank.rows_seen) == int(alone.rows_seen) == 60
+    fired = core.encode(x[20:]).dense().ne(0).any(0)
+    assert (alone.rows_since_fired[fired] == 0).all()
+    assert (alone.rows_since_fired[~fired] >= 40).all()
+
+
+def fresh_books(core):
+    fresh = type(core)(**core.config)
+    fresh.rows_since_fired.zero_()
+    return fresh
+
+
+@torch.no_grad()
+def test_signed_says_whether_codes_may_be_negative(core):
+    assert core.signed or (core.encode(rows(50, 8)).values >= 0).all()
+
+
+@pytest.mark.parametrize("make", CASES.values(), ids=CASES)
+def test_bf16_autocast_is_finite_and_keeps_float32_weights(make):
+    core = make().train()
+    core.start(batch_of(rows(64), core))
+    x = rows(32, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        if core.gradient_free:
+            assert torch.isfinite(core(x)).all()
+        else:
+            losses = core.losses(batch_of(x, core))
+            total = torch.stack(list(losses.terms.values())).sum()
+            total.backward()
+            assert torch.isfinite(total)
+            assert losses.codes.values.dtype == torch.float32  # selections are not made in bf16
+    for name, tensor in core.named_parameters():
+        assert tensor.dtype == torch.float32, name
+        assert tensor.grad is None or (tensor.grad.dtype == torch.float32 and torch.isfinite(tensor.grad).all()), name
+
+
+@torch.no_grad()
+def test_activations_in_half_precision_are_accepted(core):
+    x = rows(16).bfloat16()
+    assert_close(core.encode(x).dense(), core.encode(x.float()).dense())
+
+
+# ---- folding
+
+
+def affine(width, mode, seed):
+    g = torch.Generator().manual_seed(seed)
+    mix = torch.randn(width, width, generator=g, dtype=torch.float64)
+    x = torch.randn(500, width, generator=g, dtype=torch.float64) @ mix + 3 * torch.randn(width, generator=g)
+    normaliser = Normaliser(width, mode).double()
+    normaliser.fit(moments(x, covariance=True))
+    return normaliser.affine, x[:50]
+
+
+def fold_and_compare(make, mode, seed):
+    core = trained(make).double()
+    affines = {}
+    for number, (stream, width) in enumerate(core.spec.streams.items()):
+        affines[stream], x = affine(width, mode, seed + number)
+        if stream == core.spec.input:
+            raw = x
+    sink = affines.get(TARGET, affines[core.spec.input])
+    with torch.no_grad():
+        normalised = affines[core.spec.input].apply(raw)
+        before = core.encode(normalised)
+        want = sink.invert(core.decode(before))
+        core.fold(affines)
+        after = core.encode(raw)
+        # float64 through a matrix of condition about 1e3 and back
+        assert_close(core.decode(after), want, rtol=1e-7, atol=1e-7)
+        assert_close(after.dense() != 0, before.dense() != 0)
+    return core, before.dense(), after.dense()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("make", CASES.values(), ids=CASES)
+@settings(max_examples=3, deadline=None)
+@given(seed=st.integers(0, 10**6))
+def test_folded_core_on_raw_rows_equals_the_normalised_pipeline(make, mode, seed):
+    core, before, after = fold_and_compare(make, mode, seed)
+    assert isinstance(core, LinearCore)
+    norms = core.W_dec.norm(dim=-1)
+    if core.selects_per_latent or (core.decoder_norm == "unit" and mode != "whiten"):
+        assert_close(norms, torch.ones_like(norms), rtol=1e-6, atol=1e-6)  # rows were unit in float32
+    on = before != 0
+    ratio = torch.where(on, after / before, torch.nan)
+    assert (ratio[on] > 0).all()  # one positive factor per latent
+    assert ((ratio / ratio.nanmean(0) - 1).abs()[on] < 1e-5).all()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("make", TRANSCODERS.values(), ids=TRANSCODERS)
+def test_folded_transcoder_equals_the_normalised_pipeline(make, mode):
+    fold_and_compare(make, mode, seed=1)
+
+
+def test_folding_is_noticed_when_a_mean_is_forgotten():
+    """The comparison above can fail: it does when the mean is not folded."""
+    core = trained(CASES["ReLU"]).double()
+    raw_affine, raw = affine(D, "center", 0)
+    want = raw_affine.invert(core(raw_affine.apply(raw)))
+    core.fold({"x": Affine(torch.zeros(D, dtype=torch.float64), raw_affine.scale)})
+    assert (core(raw) - want).abs().max() > 0.1

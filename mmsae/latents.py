@@ -41,7 +41,7 @@ class LatentStore:
         parts: list[sparse.csr_matrix] = []
         columns: dict[str, list[np.ndarray]] = {}
         n_rows = 0
-        for batch in tqdm(batches, desc=label or "encoding", leave=False):
+        for batch in tqdm(batches, desc=label or "encoding", leave=False, disable=None):
             with torch.no_grad():
                 codes = core.encode(batch[ACTS][core.spec.input].float(), batch)
             parts.append(to_csr(codes))

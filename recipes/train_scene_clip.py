@@ -1,6 +1,8 @@
-"""Train the miniature CLIP that ships with the package, from nothing, on two CPU cores in about half an hour.
+"""Train the miniature CLIP that ships with the package, from nothing, in about half an hour on one or two CPU cores.
 
-    python recipes/train_scene_clip.py --out runs/scene_clip
+    python recipes/train_scene_clip.py --out runs/scene_clip --threads 1
+
+These are the settings of the weights that ship (91.7 % zero-shot on unseen digits, 99.6 % or more on the rest).
 
 Interrupt it at will: the same command goes on from the last checkpoint, to the same weights.
 """

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import warnings
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import Trainer
@@ -12,7 +13,6 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 import mmsae
-from mmsae.cli.help import shorten
 from mmsae.cli.messages import Parser
 from mmsae.errors import MmsaeError, checked
 
@@ -23,6 +23,15 @@ NOISE = (
     r".*exists and is not empty.*",
     r".*number of training batches .* is smaller than the logging interval.*",
     r".*you defined a .?validation_step.? but.*",
+    r".*predict returned None.*",
+    r".*configure_optimizers` returned `None`.*",
+    r".*training_step` returned `None`.*",
+    r"(?s).*was deprecated in v4.*",  # jsonargparse, of what Lightning calls
+    r"(?s).*only one JsonargparseDeprecationWarning.*",
+    r".*skip_none parameter was deprecated.*",
+    r".*The dirpath has changed from.*",
+    r".*No pretrained weights loaded.*",
+    r".*`Trainer.fit` stopped.*",
 )
 
 
@@ -30,12 +39,21 @@ def quiet() -> None:
     """Leave out messages of Lightning that a user can do nothing about."""
     for pattern in NOISE:
         warnings.filterwarnings("ignore", message=pattern)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger().addFilter(_worth_reading)
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
+def _worth_reading(record: logging.LogRecord) -> bool:
+    return "No pretrained weights loaded" not in record.getMessage()  # of open_clip, also where they come right after
+
+
 class MmsaeCLI(LightningCLI):
     """LightningCLI with readable errors and a switch for the number of threads."""
+
+    callbacks: ClassVar[list[dict[str, Any]]] = [{"class_path": "mmsae.training.progress.StepProgress"}]
+    """Default callbacks."""
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """A parser with our messages."""
@@ -45,12 +63,18 @@ class MmsaeCLI(LightningCLI):
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Threads."""
+        """Threads; the default callbacks are part of the config and can be replaced there."""
+        parser.set_defaults({"trainer.callbacks": self.callbacks})
         parser.add_argument("--threads", type=int | None, default=None, help="CPU threads of torch.")
 
     def before_instantiate_classes(self) -> None:
-        """Threads first."""
-        threads = self.config.get(str(self.subcommand), self.config).get("threads")
+        """Threads first; default callbacks that a switch of the Trainer turns off are taken away."""
+        config = self.config.get(str(self.subcommand), self.config)
+        switches = {"StepProgress": "enable_progress_bar", "ModelCheckpoint": "enable_checkpointing"}
+        off = tuple(name for name, switch in switches.items() if config.trainer.get(switch) is False)
+        if off and isinstance(config.trainer.callbacks, list):
+            config.trainer.callbacks = [c for c in config.trainer.callbacks if not c.class_path.endswith(off)]
+        threads = config.get("threads")
         if threads:
             torch.set_num_threads(checked("threads", threads, 1))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.cli import LightningArgumentParser
@@ -12,6 +12,7 @@ from safetensors.torch import save as save_tensors
 import mmsae
 from datamodules import ActivationDataModule
 from mmsae.cli.base import MmsaeCLI, quiet
+from mmsae.cli.help import shorten
 from mmsae.errors import MmsaeError
 from mmsae.store.manifest import write_atomic
 from mmsae.training.module import MAIN, SAEModule
@@ -20,23 +21,36 @@ LOGGERS = [
     {"class_path": f"lightning.pytorch.loggers.{name}", "init_args": {"save_dir": "runs", "name": ""}}
     for name in ("CSVLogger", "TensorBoardLogger")
 ]
-CALLBACKS = [
-    {
-        "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
-        "init_args": {"save_last": True, "filename": "{step}", "every_n_train_steps": 1000},
-    },
-    {"class_path": "mmsae.training.progress.StepProgress"},
-]
+VERBS = {
+    "fit": "Train a dictionary on the activations of --data, or with --resume RUN go on with an interrupted run.",
+    "validate": "Measure the dictionary of --ckpt_path on the validation split.",
+    "test": "Measure the dictionary of --ckpt_path on the test split.",
+    "predict": "Write the codes of the test split by the dictionary of --ckpt_path.",
+}
 
 
 class FitCLI(MmsaeCLI):
     """LightningCLI on SAEModule; writes the artifact after `fit`."""
 
+    callbacks: ClassVar[list[dict[str, Any]]] = [
+        {
+            "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+            "init_args": {"save_last": True, "filename": "{step}", "every_n_train_steps": 1000},
+        },
+        *MmsaeCLI.callbacks,
+    ]
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The data decide the widths; the default callbacks are part of the config and can be replaced there."""
+        """The data decide the widths."""
         super().add_arguments_to_parser(parser)
-        parser.set_defaults({"trainer.callbacks": CALLBACKS})
+        parser.add_argument("--resume", metavar="RUN", help="Folder of a run to go on with; stands for its two files.")
         parser.link_arguments("data.spec", "model.spec", apply_on="instantiate")
+
+    def setup_parser(self, *args: Any, **kwargs: Any) -> None:
+        """A short help for each verb."""
+        super().setup_parser(*args, **kwargs)
+        for verb, parser in self._subcommand_parsers.items():
+            shorten(parser, verb)
 
     def before_instantiate_classes(self) -> None:
         """A resume must name its checkpoint; checkpoints are read without running code that is pickled in them."""
@@ -50,8 +64,22 @@ class FitCLI(MmsaeCLI):
                 f"ckpt_path={checkpoint} would look into the new, empty run: name the file, "
                 "such as runs/version_0/checkpoints/last.ckpt."
             )
+        if checkpoint is None and self.subcommand != "fit":
+            raise MmsaeError(f"give --ckpt_path: without a checkpoint there is nothing to {self.subcommand}.")
         if checkpoint and checkpoint not in ("last", "best", "hpc", "registry") and not Path(checkpoint).is_file():
             raise MmsaeError(f"ckpt_path={checkpoint} does not exist.")
+
+    def _parse_ckpt_path(self) -> None:
+        """Look into the checkpoint early, and never let hyperparameters in it override the command line."""
+        checkpoint = self._get(self.config, "ckpt_path")
+        if not checkpoint or not Path(checkpoint).is_file():
+            return
+        try:
+            torch.load(checkpoint, weights_only=True, mmap=True, map_location="cpu")
+        except Exception as error:
+            raise MmsaeError(
+                f"{checkpoint} is damaged, or holds more than tensors ({type(error).__name__}): it is not loaded."
+            ) from error
 
     def instantiate_classes(self) -> None:
         """Loggers without a version share the next free one, so that a run is one folder; the config stays free."""
@@ -70,9 +98,11 @@ class FitCLI(MmsaeCLI):
     def after_fit(self) -> None:
         """Write every dictionary of the run."""
         trainer, model = self.trainer, self.model
-        if not trainer.is_global_zero or trainer.log_dir is None or trainer.fast_dev_run:
+        if trainer.log_dir is None or trainer.fast_dev_run:
             return
-        trainer.validate(model, datamodule=self.datamodule, verbose=False)
+        trainer.validate(model, datamodule=self.datamodule, verbose=False)  # on all ranks
+        if not trainer.is_global_zero:
+            return
         for name in model.cores:
             folder = Path(trainer.log_dir) / ("sae" if name == MAIN else f"sae-{name.replace('/', '.')}")
             mmsae.save(model.export(name), folder, **self._description(name))
@@ -100,14 +130,14 @@ class FitCLI(MmsaeCLI):
 
     def after_predict(self) -> None:
         """Write the codes."""
-        predictions = self.trainer.predictions
-        if not predictions or self.trainer.log_dir is None:
+        parts = self.trainer.predict_loop.predictions
+        if not parts or self.trainer.log_dir is None:
             return
-        width = max(p["values"].shape[1] for p in predictions)
+        width = max(p["values"].shape[1] for p in parts)
         pad = torch.nn.functional.pad
         tensors = {
-            key: torch.cat([pad(t, (0, width - t.shape[1])) if t.ndim == 2 else t for t in (p[key] for p in predictions)])
-            for key in predictions[0]
+            key: torch.cat([pad(p[key], (0, width - p[key].shape[1])) if p[key].ndim == 2 else p[key] for p in parts])
+            for key in parts[0]
         }
         path = Path(self.trainer.log_dir) / "codes.safetensors"
         write_atomic(path, save_tensors(tensors))
@@ -140,6 +170,7 @@ def run(args: list[str]) -> None:
         auto_configure_optimizers=False,
         seed_everything_default=0,
         save_config_kwargs={"overwrite": True},
+        parser_kwargs={verb: {"description": text} for verb, text in VERBS.items()},
         trainer_defaults={
             "logger": LOGGERS,
             "max_steps": 20_000,

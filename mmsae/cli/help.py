@@ -13,14 +13,22 @@ TRAINER = (
 )  # fmt: skip
 
 
+CROWDS = ("trainer.callbacks", "trainer.logger", "trainer.accelerator", "model.optimizer", "model.also")
+CHECKPOINT = "Checkpoint to begin from, such as runs/version_0/checkpoints/last.ckpt."
+
+
 class Formatter(DefaultHelpFormatter):
-    """Names of classes instead of dotted paths, and no default that is a page long."""
+    """Names of classes instead of dotted paths; no types and defaults that take lines to read."""
 
     def _expand_help(self, action: argparse.Action) -> str:
         text = super()._expand_help(action)
         if len(str(action.default)) > 100:
             text = re.sub(r", default: [\[{].*[\]}](?=[,)])", "", text)
-        return re.sub(r"(known subclasses: )([^)]+)", lambda m: m[1] + re.sub(r"[\w.]+\.(\w+)", r"\1", m[2]), text)
+        text = re.sub(r"type: \w+\[.*?(?:, (?=default: |known subclasses: )|(?=\)$))", "", text)
+        if action.dest in CROWDS:
+            text = re.sub(r", known subclasses: [^)]+|known subclasses: [^)]+", "", text)
+        text = re.sub(r"(known subclasses: )([^)]+)", lambda m: m[1] + re.sub(r"[\w.]+\.(\w+)", r"\1", m[2]), text)
+        return text.replace("known subclasses: ", "one of: ").removesuffix(" ()")
 
 
 def shorten(parser: ArgumentParser, verb: str) -> None:
@@ -28,19 +36,23 @@ def shorten(parser: ArgumentParser, verb: str) -> None:
     parser.usage = f"mmsae {verb} [--config FILE.yaml] [--option=value ...]"
     for action in parser._actions:
         group, _, name = action.dest.partition(".")
-        if (group == "trainer" and name not in TRAINER) or action.dest in ("model", "data", "weights_only"):
-            action.help = argparse.SUPPRESS
-        if group == "trainer" and action.help is not argparse.SUPPRESS:
-            action.help = re.split(r"(?<=\.)\s|\s*Default:", str(action.help))[0]
+        text, hidden = str(action.help), action.dest in ("model", "weights_only", "model.spec")
+        if group == "trainer":
+            text, hidden = re.split(r"(?<=\.)\s|\s*Default:", text)[0], name not in TRAINER
+        elif group == "model" and name.endswith(".help"):
+            hidden = name != "core.help"
         if action.dest in ("trainer.callbacks", "trainer.logger", "model.optimizer"):
-            action.help = f"{str(action.help).rstrip('.')}; see --{action.dest}.help=NAME."
-    ours = {"model": 0, "data": 1, "trainer": 3}
+            text = f"{text.rstrip('.')}; --{action.dest}.help=NAME shows one."
+        action.help = argparse.SUPPRESS if hidden else CHECKPOINT if action.dest == "ckpt_path" else text
+    order = {"model": 0, "data": 1, "trainer": 3}
 
     def place(group: argparse._ArgumentGroup) -> int:
         names = {action.dest.partition(".")[0] for action in group._group_actions}
-        return min((ours[name] for name in names if name in ours), default=2)
+        return min((order[name] for name in names if name in order), default=2)
 
     for group in parser._action_groups:
         if place(group) == 3:
             group.title = "Lightning's Trainer (these and all its other arguments, as --trainer.NAME)"
+        if any(action.dest == "ckpt_path" for action in group._group_actions):
+            group.title = "Checkpoint"
     parser._action_groups.sort(key=place)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -20,6 +21,7 @@ VERBS = {
     "convert": ("mmsae.cli.convert", "write a dictionary in SAELens format, or read one"),
 }
 
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 AGAIN = {
     "fit": "--resume RUN goes on from its last checkpoint",
     "extract": "the same command goes on where it stopped",
@@ -59,7 +61,9 @@ def main(args: list[str] | None = None) -> None:
         return
     try:
         _verb(words[0])(words)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if isinstance(stop, SystemExit) and not isinstance(stop.__context__, KeyboardInterrupt):
+            raise  # of --help; Lightning turns Ctrl-C into exit(1)
         print(f"mmsae {words[0]}: interrupted; {AGAIN.get(words[0], 'run it again')}.", file=sys.stderr)
         raise SystemExit(130) from None
     except Exception as error:
@@ -76,9 +80,9 @@ def sentence(error: BaseException) -> str | None:
     while cause is not None:
         if isinstance(cause, MmsaeError):
             return str(cause)
+        if isinstance(cause, OSError) and cause.strerror and (cause is error or cause.errno in DISK):
+            return f"{cause.filename or 'writing'}: {cause.strerror}."
         cause = cause.__cause__ or cause.__context__
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename or 'input or output'}: {error.strerror}."
     return None
 
 

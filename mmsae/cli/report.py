@@ -40,10 +40,12 @@ def _facts(folder: Path) -> tuple[dict[str, str], str]:
     config = json.loads(path.read_text())
     origin = config.get("activations", {})
     source, data = origin.get("source") or {}, origin.get("data") or {}
-    model = source.get("model") or source.get("class", "")
+    model = str(source.get("model") or source.get("class", ""))
+    if Path(model).is_dir():
+        model = Path(model).name
     stream = origin.get("stream", "")
     facts = {
-        "model": str(model),
+        "model": model,
         "hook point": str(stream),
         "data": str(data.get("class", "")),
         "dictionary": f"{config['core']}, {config['config'].get('d_latent')} latents",

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentParser
 
 import mmsae.sources  # noqa: F401  (its imports are the registry)
 from datamodules import ActivationDataModule
 from mmsae.analyses import Plot, Result
+from mmsae.cli.messages import Parser
 from mmsae.errors import MmsaeError
 
 
@@ -20,7 +20,10 @@ def config_of(run: Path) -> dict[str, Any]:
     path = run / "config.yaml"
     if not path.is_file():
         raise MmsaeError(f"{run} is no run of mmsae fit: it has no config.yaml.")
-    return yaml.safe_load(path.read_text())
+    try:
+        return yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise MmsaeError(f"{path} is no YAML: {' '.join(str(error).split())}.") from error
 
 
 def datamodule_of(run: Path, source: dict[str, Any] | None = None, store: str | None = None) -> ActivationDataModule:
@@ -31,9 +34,12 @@ def datamodule_of(run: Path, source: dict[str, Any] | None = None, store: str | 
         init["source"] = source
     if store is not None:
         init["store"] = store
-    parser = ArgumentParser(exit_on_error=False)
+    parser = Parser()
     parser.add_subclass_arguments(ActivationDataModule, "data")
-    return parser.instantiate_classes(parser.parse_object({"data": chosen})).data
+    try:
+        return parser.instantiate_classes(parser.parse_object({"data": chosen})).data
+    except MmsaeError as error:
+        raise MmsaeError(f"{run / 'config.yaml'}: {error}") from error
 
 
 def training_result(run: Path) -> Result | None:

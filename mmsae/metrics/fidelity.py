@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 from torchmetrics import Metric
@@ -45,9 +48,14 @@ class Fidelity(Metric):
         self.add_state("reconstruction_total", torch.zeros(d_in, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("firings", torch.zeros(d_latent, dtype=torch.int64), dist_reduce_fx="sum")
 
-    def set_dtype(self, dst_type: torch.dtype) -> Fidelity:
-        """Stay in float64 whatever precision the module around is moved to."""
-        return self
+    def _apply(self, fn: Callable[[Tensor], Tensor], *args: Any, **kwargs: Any) -> Fidelity:
+        """To another device, but never to another precision: sums stay in float64."""
+
+        def keep(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep, *args, **kwargs)
 
     def update(self, x: Tensor, reconstruction: Tensor, codes: Codes) -> None:
         """Add rows.

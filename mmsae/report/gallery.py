@@ -37,7 +37,7 @@ def pack(results: Iterable[Result]) -> dict[str, Any]:
 
 
 def _latent(latent: dict[str, Any], set_index: int, n_media: int, used: dict[int, int], offset: int) -> dict[str, Any]:
-    examples = [e for e in latent.get("examples") or [] if 0 <= e.get("media", -1) < n_media]
+    examples = [e for e in latent.get("examples") or [] if e.get("media") in range(n_media)]  # None: nothing to show
     shown = [v for e in examples for v in _activations(e)]
     peak = max((abs(v) for v in [*shown, latent.get("max")] if is_number(v)), default=0) or 1.0
     packed = []

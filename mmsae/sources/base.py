@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -20,6 +21,9 @@ from mmsae.spec import ACTS, ActivationSpec, Batch
 
 MODALITIES = {"image": 0, "text": 1, "audio": 2, "signal": 3, "video": 4, "volume": 5, "graph": 6, "other": 7}
 """Name of a modality to its number in the batch column `modality`; numbers are in stores, so only append."""
+
+_ONE_AT_A_TIME = threading.RLock()
+"""Hooks are on the model, so a chunk that is read in the background and a validation must not run it together."""
 
 
 class Source(ABC):
@@ -175,7 +179,7 @@ class Source(ABC):
             MmsaeError: Streams have different positions, or an activation is not finite.
         """
         model = self.model
-        with torch.no_grad(), capture(model, self.points) as captured:
+        with _ONE_AT_A_TIME, torch.no_grad(), capture(model, self.points) as captured:
             self.forward(batch)
         acts, places = self._positions(captured, batch)
         stream = next(iter(acts.values()))

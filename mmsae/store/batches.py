@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mmsae.errors import MmsaeError, checked
 from mmsae.spec import ActivationSpec, Batch, map_batch, rows_of
@@ -26,8 +26,13 @@ class Chunks(Protocol):
     spec: ActivationSpec
     n_rows: int | None
 
-    def read(self, seed: int, epoch: int, cursor: int) -> tuple[Batch, int | None]:
-        """The chunk that begins at `cursor` (0 at first), and the cursor of the next (None at the end)."""
+    def read(
+        self, seed: int, epoch: int, cursor: int, memory: dict[str, Tensor] | None = None
+    ) -> tuple[Batch, int | None]:
+        """The chunk that begins at `cursor` (0 at first), and the cursor of the next (None at the end).
+
+        The chunk may lie in `memory`, which belongs to the caller: fresh pages would cost more than the reading.
+        """
         ...
 
 
@@ -42,21 +47,17 @@ class Batches:
         batch_size: Rows per batch.
         seed: Of the order.
         read_ahead: Whether to read the next chunk in the background.
-        ahead: Batches that the consumer fetches before it uses them, so that `state_dict` speaks of the used ones.
-            Lightning fetches one ahead from a loader without a length, and none from one with a length.
     """
 
-    def __init__(
-        self, chunks: Chunks, batch_size: int, seed: int = 0, read_ahead: bool = True, ahead: int = 0
-    ) -> None:
-        self.chunks, self.seed, self.read_ahead, self.ahead = chunks, seed, read_ahead, ahead
+    def __init__(self, chunks: Chunks, batch_size: int, seed: int = 0, read_ahead: bool = True) -> None:
+        self.chunks, self.seed, self.read_ahead = chunks, seed, read_ahead
         self.batch_size = checked("batch_size", batch_size, 1)
         if chunks.n_rows is not None and batch_size > chunks.n_rows:
             raise MmsaeError(
                 f"batch_size={batch_size} is larger than the data ({chunks.n_rows} activation rows): lower it."
             )
         self.next_epoch = 0
-        self._states: deque[dict[str, Any]] = deque(maxlen=ahead + 1)  # of the running epoch, newest last
+        self._state: dict[str, Any] | None = None  # of the running epoch
         self._resume: dict[str, Any] | None = None
 
     def __len__(self) -> int:
@@ -70,39 +71,43 @@ class Batches:
         else:
             state = {"epoch": self.next_epoch, "cursor": 0, "used": 0, "carry": None}
         self.next_epoch = state["epoch"] + 1
-        self._states.clear()
-        self._states.append(dict(state))
+        self._state = state
         epoch: int = state["epoch"]
         cursor: int | None = state["cursor"]
+        memories: list[dict[str, Tensor]] = [{}, {}]  # one in use, one being filled
         with ThreadPoolExecutor(1) as pool:
-            ahead = self._fetch(pool, epoch, state["cursor"])
+            ahead = self._fetch(pool, epoch, state["cursor"], memories[0])
             while cursor is not None:
                 rows, following = ahead.result()
+                memories.reverse()
                 if following is not None:
-                    ahead = self._fetch(pool, epoch, following)
-                if rows_of(rows):
-                    random = np.random.default_rng([self.seed, epoch, 1, cursor])
-                    order = torch.from_numpy(random.permutation(rows_of(rows)))
-                    rows = map_batch(rows, lambda t, order=order: t[order])
-                if state["carry"] is not None:
-                    rows = concatenate([state["carry"], rows])
-                n = rows_of(rows)
+                    ahead = self._fetch(pool, epoch, following, memories[0])
+                shuffled = np.random.default_rng([self.seed, epoch, 1, cursor]).permutation(rows_of(rows))
+                order, carry = torch.from_numpy(shuffled), state["carry"]
+                n_carried = rows_of(carry) if carry is not None else 0
+                n = n_carried + len(order)
                 n_used = n if following is None else n - n % self.batch_size
                 for start in range(state["used"] * self.batch_size, n_used, self.batch_size):
+                    chosen = order[max(start - n_carried, 0) : max(start + self.batch_size - n_carried, 0)]
+                    batch = map_batch(rows, lambda t, i=chosen: t.index_select(0, i))
+                    if start < n_carried:
+                        batch = concatenate([map_batch(carry, lambda t, a=start: t[a : a + self.batch_size]), batch])
                     state["used"] += 1
-                    self._states.append(dict(state))
-                    yield map_batch(rows, lambda t, a=start: t[a : a + self.batch_size])
-                carry = map_batch(rows, lambda t, a=n_used: t[a:].clone()) if n_used < n else None
+                    yield batch
+                left = order[max(n_used - n_carried, 0) :]
+                rest = map_batch(rows, lambda t, i=left: t.index_select(0, i)) if n_used < n else None
+                if rest is not None and n_used < n_carried:
+                    rest = concatenate([map_batch(carry, lambda t, a=n_used: t[a:]), rest])
                 cursor = following
-                state.update(cursor=cursor, used=0, carry=carry)
-        self._states.clear()
-        self._states.append(dict(state))
+                state.update(cursor=cursor, used=0, carry=rest)
 
-    def _fetch(self, pool: ThreadPoolExecutor, epoch: int, cursor: int) -> Future[tuple[Batch, int | None]]:
+    def _fetch(
+        self, pool: ThreadPoolExecutor, epoch: int, cursor: int, memory: dict[str, Tensor]
+    ) -> Future[tuple[Batch, int | None]]:
         if self.read_ahead:
-            return pool.submit(self.chunks.read, self.seed, epoch, cursor)
+            return pool.submit(self.chunks.read, self.seed, epoch, cursor, memory)
         future: Future[tuple[Batch, int | None]] = Future()
-        future.set_result(self.chunks.read(self.seed, epoch, cursor))
+        future.set_result(self.chunks.read(self.seed, epoch, cursor, memory))
         return future
 
     def sample(self, n_rows: int) -> Batch:
@@ -119,19 +124,18 @@ class Batches:
         return map_batch(concatenate(taken), lambda t: t[:n_rows])
 
     def state_dict(self) -> dict[str, Any]:
-        """Position in the running epoch; after its last batch the rest of it is empty, which is what Lightning wants."""
-        if self._resume is not None:
-            return {"seed": self.seed, **self._resume}
-        if not self._states:
+        """Position in the running epoch; after its last batch an empty rest is left, as Lightning expects."""
+        state = self._resume or self._state
+        if state is None:
             return {"seed": self.seed, "epoch": self.next_epoch, "cursor": 0, "used": 0, "carry": None}
-        return {"seed": self.seed, **self._states[0]}
+        return {"seed": self.seed, **state}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a position; the next `iter` finishes that epoch."""
         state = dict(state)
         if state.pop("seed") != self.seed:
             raise MmsaeError(f"the checkpoint was made with another data seed than {self.seed}: resume with that one.")
-        self._states.clear()
+        self._state = None
         if state["cursor"] is None:  # that epoch was complete
             self.next_epoch = state["epoch"] + 1
         else:

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from mmsae.errors import MmsaeError, checked
@@ -64,8 +65,10 @@ class LiveChunks:
         self.n_rows: int | None = None
         self.spec = source.spec
 
-    def read(self, seed: int, epoch: int, cursor: int) -> tuple[Batch, int | None]:
-        """Run examples `cursor ...` of the epoch's order until the buffer is full."""
+    def read(
+        self, seed: int, epoch: int, cursor: int, memory: dict[str, Tensor] | None = None
+    ) -> tuple[Batch, int | None]:
+        """Run examples `cursor ...` of the epoch's order until the buffer is full; `memory` is not needed."""
         n_items = len(self.items)  # type: ignore[arg-type]
         order = np.random.default_rng([seed, epoch, 0]).permutation(n_items)
         order = order[: n_items - n_items % self.world_size][self.rank :: self.world_size]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mmsae.errors import MmsaeError, checked
 from mmsae.spec import ACTS, ActivationSpec, Batch
@@ -46,19 +47,27 @@ class Store:
     def __len__(self) -> int:
         return self.manifest.n_rows
 
-    def read(self, pieces: Sequence[Piece], columns: Sequence[str] | None = None) -> Batch:
+    def read(
+        self, pieces: Sequence[Piece], columns: Sequence[str] | None = None, into: dict[str, Tensor] | None = None
+    ) -> Batch:
         """The rows of some pieces, one after the other.
 
         Args:
             pieces: Which rows.
             columns: Metadata to read beside the activations; None is all.
+            into: Memory to use again, by tensor name; filled by the first call.
         """
         names = list(self.manifest.columns) if columns is None else list(columns)
         n = sum(piece[2] for piece in pieces)
         batch: Batch = {ACTS: {}}
         for name in [*(f"{ACTS}.{stream}" for stream in self.spec.streams), *names]:
             field = self.shards[0].fields[name]
-            out = torch.empty((n, *field.shape[1:]), dtype=field.dtype)
+            memory = None if into is None else into.get(name)
+            if memory is None or len(memory) < n:
+                memory = torch.empty((n, *field.shape[1:]), dtype=field.dtype)
+                if into is not None:
+                    into[name] = memory
+            out = memory[:n]
             done = 0
             for shard, start, count in pieces:
                 self.shards[shard].read(name, start, out[done : done + count])
@@ -114,8 +123,10 @@ class DiskChunks:
         self.spec = store.spec
         self._order: tuple[tuple[int, int], np.ndarray, np.ndarray] | None = None
 
-    def read(self, seed: int, epoch: int, cursor: int) -> tuple[Batch, int | None]:
-        """Rows `cursor .. cursor + chunk_rows` of the epoch's order, and the next cursor."""
+    def read(
+        self, seed: int, epoch: int, cursor: int, memory: dict[str, Tensor] | None = None
+    ) -> tuple[Batch, int | None]:
+        """Rows `cursor .. cursor + chunk_rows` of the epoch's order, and the next cursor; `memory` is used again."""
         blocks, ends = self._blocks(seed, epoch)
         start = self.first + cursor
         stop = min(start + self.chunk_rows, self.first + self.n_rows)
@@ -128,7 +139,7 @@ class DiskChunks:
             low, high = max(start, begin), min(stop, begin + count)
             pieces.append((shard, row + low - begin, high - low))
         following = stop - self.first
-        return self.store.read(pieces, self.columns), following if following < self.n_rows else None
+        return self.store.read(pieces, self.columns, memory), following if following < self.n_rows else None
 
     def _blocks(self, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         if self._order is None or self._order[0] != (seed, epoch):

@@ -48,18 +48,36 @@ class Field(NamedTuple):
         return width * self.dtype.itemsize
 
 
-def encode_shard(rows: Batch, covariance: bool) -> bytes:
-    """Serialise rows and their float64 moments."""
+def encode_shard(rows: Batch, covariance: bool) -> tuple[bytes, list[str]]:
+    """Serialise rows and their float64 moments; also names the streams that are not finite."""
     tensors = {name: value.contiguous() for name, value in rows.items() if name != ACTS}
+    broken = []
     for stream, x in rows[ACTS].items():
         tensors[f"{ACTS}.{stream}"] = x.contiguous()
-        wide = x.double()
-        norms = wide.norm(dim=-1)
-        tensors[f"{MOMENTS}{stream}.sum"] = wide.sum(0)
-        tensors[f"{MOMENTS}{stream}.norms"] = torch.stack([norms.sum(), norms.pow(2).sum()])
-        if covariance:
-            tensors[f"{MOMENTS}{stream}.products"] = wide.T @ wide
-    return save(tensors)
+        found = moments(x, covariance)
+        if not torch.isfinite(found["norms"]).all():
+            broken.append(stream)
+        tensors |= {f"{MOMENTS}{stream}.{name}": value for name, value in found.items()}
+    return save(tensors), broken
+
+
+def moments(x: Tensor, products: bool) -> dict[str, Tensor]:
+    """Sums over rows `[n, width]` in float64: of the rows, of their norms and squared norms, of their outer products.
+
+    Block by block, so that no wide copy of everything is made; the blocks are fixed, so that the bits are too.
+    """
+    width = x.shape[1]
+    total = torch.zeros(width, dtype=torch.float64)
+    norms = torch.zeros(2, dtype=torch.float64)
+    outer = torch.zeros(width, width, dtype=torch.float64) if products else None
+    for start in range(0, len(x), 1024):
+        block = x[start : start + 1024].double()
+        squares = block.pow(2).sum(-1)
+        total += block.sum(0)
+        norms += torch.stack([squares.sqrt().sum(), squares.sum()])
+        if outer is not None:
+            outer += block.T @ block
+    return {"sum": total, "norms": norms, **({} if outer is None else {"products": outer})}
 
 
 def sha256(path: Path) -> str:

@@ -118,12 +118,6 @@ class Writer:
         kept = {stream: x.dtype if self.dtype == "auto" else DTYPES[self.dtype] for stream, x in batch[ACTS].items()}
         acts = {stream: x.detach().to("cpu", kept[stream]) for stream, x in batch[ACTS].items()}
         rows = map_batch({**batch, ACTS: acts}, lambda t: t.cpu())
-        for stream, x in rows[ACTS].items():
-            if not torch.isfinite(x).all():
-                raise MmsaeError(
-                    f"activations at {stream} are not finite as {kept[stream]} (batch {self.n_batches}): "
-                    "store them in a wider dtype, or look at the model's inputs."
-                )
         n, start = rows_of(rows), self.skip_rows
         self.skip_rows = 0
         while start < n:
@@ -143,7 +137,15 @@ class Writer:
 
     def _write(self, end: tuple[int, int]) -> None:
         rows = concatenate(self.pending)
-        data = encode_shard(rows, self.covariance)
+        data, broken = encode_shard(rows, self.covariance)
+        if broken:
+            x = rows[ACTS][broken[0]]
+            bad = int((~torch.isfinite(x)).any(1).nonzero()[0])
+            where = f"sample {int(rows['sample_id'][bad])}" if "sample_id" in rows else f"row {bad} of a shard"
+            raise MmsaeError(
+                f"activations at {broken[0]} are not finite as {str(x.dtype).removeprefix('torch.')} ({where}): "
+                "store them in a wider dtype, or look at the model's inputs."
+            )
         name = self._shard_name(self.n_shards)
         write_atomic(self.folder / name, data)
         entry = {

@@ -92,6 +92,10 @@ class ExtractModule(L.LightningModule):
             loaders.append(Remaining(self.data.item_batches(split, skip, trainer.global_rank, trainer.world_size)))
         return loaders
 
+    def title(self, dataloader_idx: int) -> str:
+        """Of the progress bar."""
+        return f"extracting {list(self.writers)[dataloader_idx]}"
+
     def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         """One forward pass, to disk."""
         assert self.data.source is not None

@@ -16,6 +16,9 @@ Mode = Literal["none", "center", "scale", "center_scale", "whiten"]
 SHRINKAGE = 1e-3
 """Added to the eigenvalues before whitening, as a share of their mean: directions without variance stay small."""
 
+EQUAL = 1e-12
+"""Variance, as a share of the mean squared norm, up to which activations count as equal: float64 sums leave a rest."""
+
 
 class Normaliser(nn.Module):
     """`(x - mean) @ scale` for one stream.
@@ -41,10 +44,11 @@ class Normaliser(nn.Module):
         centred_square = statistics.mean_square - float(mean.pow(2).sum())
         if self.mode in ("center", "center_scale", "whiten"):
             self.mean.copy_(mean)
-        if self.mode in ("scale", "center_scale"):
+        if self.mode in ("scale", "center_scale", "whiten"):
             square = statistics.mean_square if self.mode == "scale" else centred_square
-            if square <= 0:
+            if square <= EQUAL * statistics.mean_square:
                 raise MmsaeError("all activations are equal: there is no scale to normalise by, and nothing to learn.")
+        if self.mode in ("scale", "center_scale"):
             self.scale.fill_((self.width / square) ** 0.5)
         if self.mode == "whiten":
             if statistics.covariance is None:

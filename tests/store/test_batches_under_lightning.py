@@ -6,7 +6,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from test_batches import disk, live, store  # noqa: F401
 
-from mmsae.store import Batches
+from datamodules.base import TrainedBatches
 
 
 class Recorder(L.LightningModule):
@@ -18,6 +18,7 @@ class Recorder(L.LightningModule):
         self.seen = []
 
     def training_step(self, batch, batch_idx):
+        self.trainer.train_dataloader.trained()
         self.seen.append(batch["sample_id"].tolist())
         return (batch["acts"]["x"] @ self.weight).sum()
 
@@ -45,7 +46,7 @@ def run(loader, steps, folder, resume=None):
 @pytest.mark.parametrize("kind", ["disk", "live"])
 def test_resumed_training_sees_the_identical_rest(store, tmp_path, kind):  # noqa: F811
     def loader():
-        return Batches(disk(store), 7) if kind == "disk" else Batches(live(), 7, ahead=1)
+        return TrainedBatches(disk(store) if kind == "disk" else live(), 7)
 
     length = len(list(loader()))
     whole = run(loader(), 2 * length + 3, tmp_path / "whole")

@@ -53,8 +53,11 @@ def test_half_precision_comes_out_in_float32():
 
 def test_equal_activations_cannot_be_scaled():
     same = torch.ones(10, 8)
+    for mode in ("center_scale", "whiten"):
+        with pytest.raises(MmsaeError, match="all activations are equal"):
+            fitted(mode, same)
     with pytest.raises(MmsaeError, match="all activations are equal"):
-        fitted("center_scale", same)
+        fitted("scale", 0 * same)
     fitted("center", same)
 
 

@@ -172,7 +172,10 @@ class ActivationDataModule(L.LightningDataModule):
         items = _not_empty(self.items(split), type(self).__name__, split)
         chosen = range(rank, len(items), world_size)[skip * self.examples_per_forward :]  # type: ignore[arg-type]
         return DataLoader(
-            dataset=Subset(items, chosen), batch_size=self.examples_per_forward, collate_fn=self.source.collate
+            dataset=Subset(items, chosen),
+            batch_size=self.examples_per_forward,
+            collate_fn=self.source.collate,
+            generator=torch.Generator(),  # its own: a validation must not move the generator of the training
         )
 
     def _share(self) -> tuple[int, int]:

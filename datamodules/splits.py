@@ -18,7 +18,9 @@ def cut(n: int, split: Split, val_share: float, test_share: float, seed: int) ->
         raise MmsaeError(f"val_share={val_share} and test_share={test_share} leave nothing to train on.")
     n_val, n_test = (max(round(share * n), 1) if share else 0 for share in (val_share, test_share))
     if n_val + n_test >= n:
-        raise MmsaeError(f"{n} examples cannot be cut into train, val and test: give more, or set val_share and test_share.")
+        raise MmsaeError(
+            f"{n} examples cannot be cut into train, val and test: give more, or set val_share and test_share."
+        )
     order = np.random.default_rng(seed).permutation(n)
     bounds = {"val": (0, n_val), "test": (n_val, n_val + n_test), "train": (n_val + n_test, n)}[split]
     return sorted(int(i) for i in order[slice(*bounds)])

@@ -12,10 +12,11 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted([*(ROOT / "mmsae").rglob("*.py"), *(ROOT / "datamodules").rglob("*.py")])
 
 # room: rooms it may import beside itself. `subclasses`, `layout` and `containers` are small shared modules on top.
-TOP = {"errors", "spec", "codes", "kernels", "subclasses", "layout", "containers"}
+TOP = {"errors", "spec", "codes", "kernels", "subclasses", "layout", "containers", "results"}
 CORES, HOOKS = TOP | {"cores"}, TOP | {"hooks"}
+MODELS, NUMBERS = {"sources", "miniatures", "encoders", "store"}, {"latents", "metrics"}
 MAY = {
-    **{room: TOP for room in TOP},
+    **dict.fromkeys(TOP, TOP),
     "cores": TOP,
     "hooks": TOP,
     "sources": HOOKS,
@@ -28,11 +29,8 @@ MAY = {
     "metrics": CORES,
     "training": CORES | {"artifact", "store", "metrics"},
     "datamodules": TOP | {"sources", "store", "miniatures"},
-    **{
-        room: CORES | HOOKS | {"sources", "store", "artifact", "formats", "latents", "metrics", "miniatures", "encoders"}
-        for room in ("steering", "analyses", "explain")
-    },
-    "report": {"errors", "analyses.base"},
+    **dict.fromkeys(("steering", "analyses", "explain"), CORES | HOOKS | MODELS | {"artifact", "formats"} | NUMBERS),
+    "report": {"errors", "results"},
     "cli": {"*"},
 }
 INSIDE = {"sources": {"miniatures"}}  # and inside functions: the CLIP that ships is built like any other weights

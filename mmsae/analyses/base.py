@@ -1,94 +1,15 @@
-"""What an analysis is, and what it gives back."""
+"""What an analysis is."""
 
 from __future__ import annotations
 
-import json
-import os
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmsae.errors import MmsaeError
+from mmsae.results import Result
 
 if TYPE_CHECKING:
     from mmsae.cores import SAECore
     from mmsae.latents import LatentStore
-
-
-@dataclass
-class Table:
-    """Rows to print and to draw: `columns` holds the headings, a row one entry (text, number or None) per heading."""
-
-    title: str
-    columns: list[str]
-    rows: list[list[str | float | int | None]]
-
-
-@dataclass
-class Plot:
-    """Lines or bars over a common axis; a line is `{"label": str, "x": [...], "y": [...]}`.
-
-    Attributes:
-        title: The finding, in words.
-        x: Label and unit of the horizontal axis.
-        y: Label and unit of the vertical axis.
-        lines: The data.
-        kind: "line", or "bars" (`x` then holds the left edges and one more at the end).
-        log: Axes drawn on a logarithmic scale: "", "x", "y" or "xy".
-    """
-
-    title: str
-    x: str
-    y: str
-    lines: list[dict[str, Any]]
-    kind: str = "line"
-    log: str = ""
-
-
-@dataclass
-class Result:
-    """Numbers, tables and plots of one analysis; plain data, so that a report can be drawn again from files.
-
-    Attributes:
-        name: The analysis.
-        title: What it found, for a heading.
-        numbers: Flat name to value.
-        tables: For the terminal and the page.
-        plots: For the page.
-        latents: One entry per latent shown on the page (see `TopExamples`).
-        media: Pictures and texts that `latents` point to.
-        settings: Arguments of the analysis and the size of what it saw.
-    """
-
-    name: str
-    title: str = ""
-    numbers: dict[str, float] = field(default_factory=dict)
-    tables: list[Table] = field(default_factory=list)
-    plots: list[Plot] = field(default_factory=list)
-    latents: list[dict[str, Any]] = field(default_factory=list)
-    media: list[dict[str, Any]] = field(default_factory=list)
-    settings: dict[str, Any] = field(default_factory=dict)
-
-    def save(self, folder: Path) -> Path:
-        """Write `<folder>/<name>.json`, whole or not at all."""
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{self.name}.json"
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(asdict(self)))
-        os.replace(part, path)
-        return path
-
-    @classmethod
-    def load(cls, path: Path) -> Result:
-        """Read what `save` wrote."""
-        try:
-            raw = json.loads(path.read_text())
-            raw["tables"] = [Table(**t) for t in raw["tables"]]
-            raw["plots"] = [Plot(**p) for p in raw["plots"]]
-            return cls(**raw)
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise MmsaeError(f"{path} is not a result of mmsae evaluate ({error}); run mmsae evaluate again.") from error
 
 
 class Analysis(ABC):

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mmsae.analyses.base import Analysis, Result, Table
+from mmsae.analyses.base import Analysis
 from mmsae.cores import SAECore
 from mmsae.hooks import edit
 from mmsae.latents import LatentStore
 from mmsae.layout import from_positions, to_positions
+from mmsae.results import Result, Table
 
 
 class Downstream(Analysis):

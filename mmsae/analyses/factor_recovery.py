@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from mmsae.analyses.base import Analysis, Result, Table
+from mmsae.analyses.base import Analysis
 from mmsae.analyses.fidelity import fitted_pca
 from mmsae.cores import Neurons, RandomDictionary, SAECore
 from mmsae.latents import LatentStore
 from mmsae.metrics.recovery import Recovery, f1_score, recover
+from mmsae.results import Result, Table
 
 GOOD = 0.9
 """AUROC from which a latent counts as standing for a value."""
@@ -95,7 +96,7 @@ class FactorRecovery(Analysis):
                 Table("Best single latent", ["", "mean F1 ↑", "95 %", "mean AUROC ↑", f"AUROC ≥ {GOOD} ↑"], rows),
                 Table(
                     "By factor value",
-                    ["factor", "value", "latent", "AUROC", *(f"F1 {name}" for name in found)],
+                    ["factor", "value", "latent", "AUROC", "F1", *(f"F1 {name}" for name in list(found)[1:])],
                     per_value,
                 ),
             ],
@@ -150,5 +151,6 @@ def pooled(core: SAECore, batches: Any, label: str) -> tuple[np.ndarray, dict[st
     stacked = torch.cat(parts)
     features = stacked.new_zeros(len(own), stacked.shape[1])
     features = features.scatter_reduce(0, place[:, None].expand_as(stacked), stacked, "amax")
-    found = {name: torch.zeros(len(own), dtype=torch.int64).scatter(0, place, torch.cat(v)) for name, v in labels.items()}
+    none = torch.zeros(len(own), dtype=torch.int64)
+    found = {name: none.scatter(0, place, torch.cat(values)) for name, values in labels.items()}
     return features.numpy(), {name: values.numpy() for name, values in found.items()}

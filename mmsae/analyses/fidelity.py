@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from mmsae.analyses.base import Analysis, Plot, Result, Table
+from mmsae.analyses.base import Analysis
 from mmsae.cores import PCA, SAECore
 from mmsae.latents import LatentStore
 from mmsae.metrics import Fidelity as Measure
+from mmsae.results import Plot, Result, Table
 from mmsae.spec import ACTS, rows_of
 
 

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from mmsae.analyses.base import Analysis, Result
+from mmsae.analyses.base import Analysis
 from mmsae.cores import SAECore
 from mmsae.latents import LatentStore
 from mmsae.metrics.recovery import auroc, best_f1
+from mmsae.results import Result
 
 
 class TopExamples(Analysis):
@@ -43,7 +44,9 @@ class TopExamples(Analysis):
         items = data.items(self.split) if data.has_items else None
         factors = self._factors(latents, data.value_names)
         live = np.flatnonzero(latents.firings)
-        strength = np.array([factors[int(j)]["auroc"] if factors else np.abs(latents.of_latent(j)[1]).max() for j in live])
+        strength = np.array(
+            [factors[int(j)]["auroc"] if factors else np.abs(latents.of_latent(j)[1]).max() for j in live]
+        )
         shown = sorted(int(j) for j in live[np.argsort(-strength, kind="stable")][: self.n_latents])
         media: dict[int, int] = {}
         rendered: list[dict[str, Any]] = []

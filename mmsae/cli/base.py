@@ -24,6 +24,7 @@ NOISE = (
     r".*number of training batches .* is smaller than the logging interval.*",
     r".*you defined a .?validation_step.? but.*",
     r".*predict returned None.*",
+    r".*Total length of .* is zero.*",
     r".*configure_optimizers` returned `None`.*",
     r".*training_step` returned `None`.*",
     r"(?s).*was deprecated in v4.*",  # jsonargparse, of what Lightning calls

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Literal
 
 from jsonargparse import auto_cli
+from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 
 import mmsae.artifact
-from mmsae.analyses import Analysis, Downstream, FactorRecovery, Fidelity, Result, TopExamples
+from mmsae.analyses import Analysis, Downstream, FactorRecovery, Fidelity, TopExamples
 from mmsae.cli.base import quiet
 from mmsae.cli.messages import Parser
 from mmsae.cli.run import datamodule_of, training_result
 from mmsae.errors import MmsaeError
 from mmsae.latents import LatentStore
+from mmsae.results import Result
 from mmsae.store.manifest import write_atomic
 
 
 def evaluate(
     run: str,
     sae: str | None = None,
-    split: str = "test",
+    split: Literal["train", "val", "test"] = "test",
     analyses: list[Analysis] | None = None,
     store: str | None = None,
     max_rows: int = 2_000_000,
@@ -69,9 +72,10 @@ def show(results: list[Result]) -> None:
     console = Console()
     for result in results:
         for table in result.tables:
-            drawn = RichTable(title=f"{result.name}: {table.title}", title_justify="left")
+            drawn = RichTable(title=f"{result.name}: {table.title}", title_justify="left", box=box.SIMPLE_HEAD)
             for i, column in enumerate(table.columns):
-                drawn.add_column(column, justify="left" if i == 0 else "right")
+                words = all(isinstance(row[i], str) for row in table.rows)
+                drawn.add_column(column, justify="left" if words else "right", no_wrap=words)
             for row in table.rows:
                 drawn.add_row(*(_cell(value) for value in row))
             console.print(drawn)

@@ -71,7 +71,7 @@ class FitCLI(MmsaeCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Look into the checkpoint early, and never let hyperparameters in it override the command line."""
-        checkpoint = self._get(self.config, "ckpt_path")
+        checkpoint = self.config.get(str(self.config.get("subcommand")), self.config).get("ckpt_path")
         if not checkpoint or not Path(checkpoint).is_file():
             return
         try:
@@ -98,7 +98,7 @@ class FitCLI(MmsaeCLI):
     def after_fit(self) -> None:
         """Write every dictionary of the run."""
         trainer, model = self.trainer, self.model
-        if trainer.log_dir is None or trainer.fast_dev_run:
+        if trainer.log_dir is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         trainer.validate(model, datamodule=self.datamodule, verbose=False)  # on all ranks
         if not trainer.is_global_zero:
@@ -119,10 +119,13 @@ class FitCLI(MmsaeCLI):
         core = self.model.cores[name]
         return {
             "activations": {
-                **self.datamodule.origin(), "stream": core.spec.input, "normalise": self.model.normalise,
+                **self.datamodule.origin(),
+                "stream": core.spec.input,
+                "normalise": self.model.normalise,
             },
             "training": {
-                "rows": int(core.rows_seen), "steps": self.trainer.global_step,
+                "rows": int(core.rows_seen),
+                "steps": self.trainer.global_step,
                 "seed": self._get(self.config, "seed_everything"),
             },
             "metrics": metrics,

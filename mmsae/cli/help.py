@@ -50,9 +50,9 @@ def shorten(parser: ArgumentParser, verb: str) -> None:
         names = {action.dest.partition(".")[0] for action in group._group_actions}
         return min((order[name] for name in names if name in order), default=2)
 
-    for group in parser._action_groups:
-        if place(group) == 3:
-            group.title = "Lightning's Trainer (these and all its other arguments, as --trainer.NAME)"
-        if any(action.dest == "ckpt_path" for action in group._group_actions):
-            group.title = "Checkpoint"
-    parser._action_groups.sort(key=place)
+    for section in parser._action_groups:
+        if place(section) == 3:
+            section.title = "Lightning's Trainer (these and all its other arguments, as --trainer.NAME)"
+        if any(action.dest == "ckpt_path" for action in section._group_actions):
+            section.title = "Checkpoint"
+    parser._action_groups.sort(key=place)  # type: ignore[attr-defined,unused-ignore]

@@ -89,6 +89,8 @@ def sentence(error: BaseException) -> str | None:
 def _verb(name: str) -> Callable[[list[str]], None]:
     if name not in VERBS:
         raise MmsaeError(f"there is no such verb; nearest: {nearest(name, VERBS)}. See mmsae --help.")
+    if name == "report":  # draws from files; torch would take longer to load than the page to draw
+        return import_module(VERBS[name][0]).run
     home = import_module("datamodules")
     if not hasattr(home, "ActivationDataModule"):
         where = getattr(home, "__file__", None) or next(iter(getattr(home, "__path__", ["?"])))

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import NoReturn
 
-from jsonargparse import auto_cli
+from jsonargparse import ArgumentParser, auto_cli
 
-from mmsae.analyses.base import Result
-from mmsae.cli.messages import Parser
 from mmsae.errors import MmsaeError
 from mmsae.report.page import write_report
+from mmsae.results import Result
 
 ORDER = ["Training", "Fidelity", "FactorRecovery", "Downstream"]
+
+
+class Parser(ArgumentParser):
+    """Answers in one sentence; unlike the parser of the other verbs it needs no torch."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise what is wrong."""
+        raise MmsaeError(f"{' '.join(message.split())}; see mmsae report --help.") from ex
 
 
 def report(run: str, out: str | None = None, title: str | None = None) -> None:

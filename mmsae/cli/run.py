@@ -10,9 +10,9 @@ import yaml
 
 import mmsae.sources  # noqa: F401  (its imports are the registry)
 from datamodules import ActivationDataModule
-from mmsae.analyses import Plot, Result
 from mmsae.cli.messages import Parser
 from mmsae.errors import MmsaeError
+from mmsae.results import Plot, Result
 
 
 def config_of(run: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mmsae.report.tables import is_number
 
 if TYPE_CHECKING:
-    from mmsae.analyses.base import Result
+    from mmsae.results import Result
 
 DIGITS = 4  # significant digits of an activation on the page
 

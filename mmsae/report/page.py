@@ -18,7 +18,7 @@ from mmsae.report.plots import draw
 from mmsae.report.tables import fine_print, grid, headlines
 
 if TYPE_CHECKING:
-    from mmsae.analyses.base import Result
+    from mmsae.results import Result
 
 HERE = Path(__file__).parent
 SCRIPTS = ("draw.js", "gallery.js", "page.js")  # one scope, in this order

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 if TYPE_CHECKING:
-    from mmsae.analyses.base import Plot
+    from mmsae.results import Plot
 
 # Each colour is what a viewer without the page's style sheet sees; on the page `var(--plot-*)` replaces it.
 TEXT, GRID = "#70757d", "#d9dbdf"

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from mmsae.analyses.base import Result, Table
+    from mmsae.results import Result, Table
 
 # Shown on top where no result brings headline items of its own.
 KNOWN = {"fvu": "FVU", "explained_variance": "Explained variance", "l0": "L0", "dead_fraction": "Dead latents"}

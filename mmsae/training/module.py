@@ -76,7 +76,7 @@ class SAEModule(L.LightningModule):
         self.normalise = normalise
         self.cores = nn.ModuleDict()
         for name, factory in {MAIN: core, **(also or {})}.items():
-            if name in self.cores or "." in name and name not in spec.streams:
+            if name in self.cores or ("." in name and name not in spec.streams):
                 raise MmsaeError(f"also has an entry {name!r}: choose another name.")
             own = ActivationSpec({name: spec.streams[name]}) if name in spec.streams else spec
             built = factory if isinstance(factory, SAECore) else factory(own)
@@ -153,7 +153,7 @@ class SAEModule(L.LightningModule):
         return int(total) if 0 < total < float("inf") else None
 
     def on_train_start(self) -> None:
-        """Statistics and data-dependent initialisation, once; when resuming, random generators go on where they were."""
+        """Statistics and data-dependent initialisation, once; a resumed run takes up its random generators instead."""
         self._sparsity_steps = self.sparsity_warmup * (self.total_steps or 20_000)
         if getattr(self, "_rng", None) is not None:  # not at the start of an epoch: in the middle of one there is none
             restore_rng(self._rng)
@@ -235,7 +235,7 @@ class SAEModule(L.LightningModule):
     @property
     def _logging(self) -> bool:
         every = self.trainer.log_every_n_steps
-        return bool(every) and (self.global_step + 1) % every == 0 or self.global_step == 0
+        return (bool(every) and (self.global_step + 1) % every == 0) or self.global_step == 0
 
     @torch.no_grad()
     def _log_step(self, name: str, core: SAECore, batch: Batch, losses: Losses, total: Tensor) -> None:

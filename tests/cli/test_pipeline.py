@@ -32,8 +32,8 @@ def test_extract_fit_evaluate_report(capsys):
 
 
 def test_fit_from_the_running_model(capsys):
-    words = ["--trainer.max_steps=10", "--trainer.val_check_interval=5", "--data.batch_size=32", "--data.chunk_rows=128"]
-    main(["fit", *DATA, *CORE, *FAST, *words])
+    sizes = ["--data.batch_size=32", "--data.chunk_rows=128"]
+    main(["fit", *DATA, *CORE, *FAST, *sizes, "--trainer.max_steps=10", "--trainer.val_check_interval=5"])
     assert "dictionary: runs/version_0/sae" in capsys.readouterr().out
 
 

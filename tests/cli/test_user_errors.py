@@ -124,13 +124,9 @@ def test_no_permission_and_no_folder(refused, words, store):
 def test_a_full_disk_is_a_sentence():
     error = OSError(28, "No space left on device", "runs/x.ckpt")
     assert sentence(error) == "runs/x.ckpt: No space left on device."
-    try:
-        try:
-            raise error
-        except OSError:
-            raise RuntimeError("PytorchStreamWriter failed writing file data/12") from error
-    except RuntimeError as wrapped:
-        assert "No space left on device" in sentence(wrapped)
+    wrapped = RuntimeError("PytorchStreamWriter failed writing file data/12")
+    wrapped.__cause__ = error
+    assert "No space left on device" in sentence(wrapped)
     assert sentence(KeyError("a bug")) is None
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
-from mmsae.analyses.base import Plot, Result, Table
+from mmsae.results import Plot, Result, Table
 
 COLOURS = {"red": (225, 60, 50), "green": (60, 190, 80), "blue": (70, 110, 245), "yellow": (245, 220, 70)}
 NASTY = 'a </script><b>bold</b> "seven" & more'

@@ -8,9 +8,9 @@ import time
 import pytest
 from conftest import FACTS, NASTY
 
-from mmsae.analyses.base import Result
 from mmsae.errors import MmsaeError
 from mmsae.report.page import render, write_report
+from mmsae.results import Result
 
 
 @pytest.fixture(scope="session")

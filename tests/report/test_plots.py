@@ -5,9 +5,9 @@ from xml.etree import ElementTree
 import matplotlib as mpl
 import pytest
 
-from mmsae.analyses.base import Plot, Table
 from mmsae.report.plots import draw, tick
 from mmsae.report.tables import grid, number
+from mmsae.results import Plot, Table
 
 
 def line(y, label="", x=None):

@@ -110,8 +110,10 @@ def test_gradients_are_projected_before_they_are_clipped_each_dictionary_by_itse
     data.spec = ActivationSpec({"x": 8, "y": 8})
     data.train_dataloader = lambda: DataLoader(dataset=[{ACTS: {"x": X[:100], "y": other[:100]}}], batch_size=None)
     torch.manual_seed(0)
-    fitted = SAEModule(partial(TopK, d_latent=16, k=3), data.spec, also={"y": partial(ReLU, d_latent=16, l1_coefficient=0,
-                       decoder_norm="unit")}, normalise="none", optimizer=adam(), gradient_clip=0.01)  # fmt: skip
+    beside = {"y": partial(ReLU, d_latent=16, l1_coefficient=0, decoder_norm="unit")}
+    fitted = SAEModule(
+        partial(TopK, d_latent=16, k=3), data.spec, beside, normalise="none", optimizer=adam(), gradient_clip=0.01
+    )
     unit = {name: core.W_dec.detach().clone() for name, core in fitted.cores.items()}  # unit rows from the start
     plain, seen = fitted.optimizer_step, {}
 

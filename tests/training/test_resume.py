@@ -150,7 +150,7 @@ def checkpoint(store, tmp_path_factory):
         (lambda: TopK({"x": 8}, 32, k=3), {}, "trained with d_latent=16, not 32"),
         (lambda: BatchTopK({"x": 8}, 16, k=3), {}, "holds a TopK, not a BatchTopK"),
         (lambda: TopK({"x": 8}, 16, k=3), {"normalise": "scale"}, "trained with normalise=center, not scale"),
-        (lambda: TopK({"x": 8}, 16, k=3), {"also": {"b": TopK({"x": 8}, 16, k=3)}}, r"holds the dictionaries \['main'\]"),
+        (lambda: TopK({"x": 8}, 16, k=3), {"also": {"b": ReLU({"x": 8}, 4)}}, r"holds the dictionaries \['main'\]"),
     ],
 )
 def test_another_dictionary_is_refused(core, arguments, said, checkpoint, store, tmp_path):

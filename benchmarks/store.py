@@ -15,6 +15,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -98,10 +99,10 @@ def main() -> None:
         store = Store(folder, verify="size")
         for state in ("cold", "warm"):
             ways: dict[str, Callable[[], object]] = {
-                f"sequential read, {state}": lambda: sequential(store),
-                f"shuffled batches, blocks of 512, {state}": lambda: shuffled(store, 512),
-                f"shuffled batches, blocks of 64, {state}": lambda: shuffled(store, 64),
-                f"rows in order with metadata, {state}": lambda: in_order(store),
+                f"sequential read, {state}": partial(sequential, store),
+                f"shuffled batches, blocks of 512, {state}": partial(shuffled, store, 512),
+                f"shuffled batches, blocks of 64, {state}": partial(shuffled, store, 64),
+                f"rows in order with metadata, {state}": partial(in_order, store),
             }
             for name, action in ways.items():
                 if state == "cold":
@@ -125,8 +126,10 @@ def main() -> None:
     Console().print(table)
     for block_rows in (1, 64, 512):
         factor = mixing(store, block_rows)
-        print(f"rows of one 512-row stretch of the store meet in a batch {factor:.2f} x as often as by chance "
-              f"(blocks of {block_rows})")
+        print(
+            f"rows of one 512-row stretch of the store meet in a batch {factor:.2f} x as often as by chance "
+            f"(blocks of {block_rows})"
+        )
     shutil.rmtree(folder.parent)
 
 

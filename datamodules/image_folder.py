@@ -52,7 +52,7 @@ class ImageFolder(ActivationDataModule):
     @property
     def factors(self) -> dict[str, tuple[str, ...]]:  # type: ignore[override]
         """The classes, if the pictures lie in more than one folder."""
-        names = {self._class(path) for path in self._files} - {None}
+        names = {name for path in self._files if (name := self._class(path)) is not None}
         return {"class": tuple(sorted(names))} if len(names) > 1 else {}
 
     def _class(self, path: Path) -> str | None:

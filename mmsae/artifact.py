@@ -146,7 +146,7 @@ def load(path: str | Path) -> SAECore:
     data = file.read_bytes()
     if hashlib.sha256(data).hexdigest() != config["sha256"]:
         raise MmsaeError(f"{file} is damaged: its checksum differs from the one in {CONFIG}.")
-    cls = find_subclass(SAECore, config["core"])
+    cls = find_subclass(SAECore, config["core"])  # type: ignore[type-abstract]
     try:
         core = cls(**config["config"])
         core.load_state_dict(load_tensors(data))

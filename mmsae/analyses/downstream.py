@@ -16,6 +16,9 @@ from mmsae.latents import LatentStore
 from mmsae.layout import from_positions, to_positions
 from mmsae.results import Result, Table
 
+MEAN_ROWS = 50_000
+"""Training rows behind the mean when no store knows it."""
+
 
 class Downstream(Analysis):
     """The model's own task with clean, reconstructed and mean-ablated activations.
@@ -75,8 +78,13 @@ class Downstream(Analysis):
         statistics = data.statistics
         if statistics is not None:
             return statistics[core.spec.input].mean.float()
-        rows = next(iter(data.rows("train")))
-        return core.inputs(rows).float().mean(0).cpu()
+        total, n = torch.zeros(core.spec.d_in, dtype=torch.float64), 0
+        for batch in data.rows("train"):
+            x = core.inputs(batch).double().cpu()
+            total, n = total + x.sum(0), n + len(x)
+            if n >= MEAN_ROWS:
+                break
+        return (total / n).float()
 
     @torch.no_grad()
     def _outcomes(

@@ -7,6 +7,7 @@ import io
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from mmsae.analyses.base import Analysis
 from mmsae.cores import SAECore
@@ -24,7 +25,6 @@ class TopExamples(Analysis):
         n_examples: Examples per latent.
         n_captions: Captions per latent.
         thumbnail: Longest side of a picture, pixels.
-        tokens_around: Tokens shown on each side of the strongest one.
     """
 
     def __init__(
@@ -34,10 +34,9 @@ class TopExamples(Analysis):
         n_examples: int = 9,
         n_captions: int = 3,
         thumbnail: int = 96,
-        tokens_around: int = 24,
     ) -> None:
         self.split, self.n_latents, self.n_examples = split, n_latents, n_examples
-        self.n_captions, self.thumbnail, self.tokens_around = n_captions, thumbnail, tokens_around
+        self.n_captions, self.thumbnail = n_captions, thumbnail
 
     def run(self, core: SAECore, latents: LatentStore, data: Any) -> Result:
         """Everything the gallery needs."""
@@ -45,14 +44,15 @@ class TopExamples(Analysis):
         factors = self._factors(latents, data.value_names)
         live = np.flatnonzero(latents.firings)
         strength = np.array(
-            [factors[int(j)]["auroc"] if factors else np.abs(latents.of_latent(j)[1]).max() for j in live]
+            [factors[int(j)]["auroc"] if factors else np.abs(latents.of_latent(int(j))[1]).max() for j in live]
         )
         shown = sorted(int(j) for j in live[np.argsort(-strength, kind="stable")][: self.n_latents])
         media: dict[int, int] = {}
         rendered: list[dict[str, Any]] = []
         entries = []
         for latent in shown:
-            examples, captions = [], []
+            examples: list[dict[str, Any]] = []
+            captions: list[dict[str, Any]] = []
             for sample, row, value in latents.top_samples(latent, self.n_examples):
                 sample_id = int(latents.samples[0][sample])
                 if items is not None and sample not in media:
@@ -142,7 +142,7 @@ class TopExamples(Analysis):
     def _render(self, data: Any, item: dict[str, Any]) -> dict[str, Any]:
         medium = data.render(item)
         if medium["kind"] != "image":
-            return medium
+            return {key: value.tolist() if isinstance(value, Tensor) else value for key, value in medium.items()}
         picture = medium["image"].convert("RGB")
         picture.thumbnail((self.thumbnail, self.thumbnail))
         file = io.BytesIO()

@@ -8,6 +8,7 @@ import warnings
 from typing import Any, ClassVar
 
 import torch
+from jsonargparse import Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -70,6 +71,7 @@ class MmsaeCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Threads first; default callbacks that a switch of the Trainer turns off are taken away."""
+        nulls(self.config)
         config = self.config.get(str(self.subcommand), self.config)
         switches = {"StepProgress": "enable_progress_bar", "ModelCheckpoint": "enable_checkpointing"}
         off = tuple(name for name, switch in switches.items() if config.trainer.get(switch) is False)
@@ -85,3 +87,10 @@ class MmsaeCLI(LightningCLI):
             return super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ValueError, TypeError) as error:
             raise MmsaeError(f"--trainer: {str(error).strip().splitlines()[0]}") from error
+
+
+def nulls(config: Namespace) -> None:
+    """Undo what jsonargparse makes of a null that is given by a flag to a nested class: the text "None"."""
+    for key, value in config.items():
+        if value == "None":
+            config[key] = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -54,12 +55,12 @@ def evaluate(
         has = ", ".join(f"{name} ({w})" for name, w in data.spec.streams.items())
         raise MmsaeError(f"the dictionary reads {stream!r} with d_in={width}, but the data have {has}.")
     latents = LatentStore.build(core, data.rows(split), max_rows, label=f"encoding {split}")
-    results = [training_result(folder)]
-    for analysis in analyses or [Fidelity(), FactorRecovery(), Downstream(), TopExamples()]:
-        results.append(analysis.run(core, latents, data))
-    kept = [result for result in results if result is not None]
-    for result in kept:
-        result.save(folder / "results")
+    kept = []
+    questions = analyses or [Fidelity(), FactorRecovery(), Downstream(), TopExamples()]
+    for result in chain([training_result(folder)], (question.run(core, latents, data) for question in questions)):
+        if result is not None:
+            result.save(folder / "results")  # at once: an analysis that fails must not take the others along
+            kept.append(result)
     numbers = {result.name: result.numbers for result in kept if result.numbers}
     write_atomic(folder / "results.json", json.dumps(numbers, indent=1).encode())
     show(kept)

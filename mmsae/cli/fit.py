@@ -156,10 +156,11 @@ def resume(args: list[str]) -> list[str]:
             words.append(word)
             continue
         folder = Path(word.partition("=")[2] or next(rest, ""))
-        if not (folder / "config.yaml").is_file():
-            raise MmsaeError(f"--resume {folder} is no run: it has no config.yaml.")
+        config = folder / "config.yaml"
+        if not config.is_file() or not config.stat().st_size:
+            raise MmsaeError(f"--resume {folder} is no run that has begun: it has no config.yaml; start it anew.")
         last = folder / "checkpoints" / "last.ckpt"
-        words += [f"--config={folder / 'config.yaml'}", *([f"--ckpt_path={last}"] if last.is_file() else [])]
+        words += [f"--config={config}", *([f"--ckpt_path={last}"] if last.is_file() else [])]
     return words
 
 

@@ -140,6 +140,8 @@ class SAECore(nn.Module, ABC):
         """Loss terms of a batch; by default the squared error, summed over the width and averaged over the rows."""
         codes = self.encode(self.inputs(batch), batch)
         reconstruction = self.decode(codes)
+        if not isinstance(reconstruction, Tensor):
+            raise MmsaeError(f"{type(self).__name__} reconstructs several streams, so it must write its own losses.")
         return Losses({"reconstruction": squared_error(self.target(batch), reconstruction)}, codes, reconstruction)
 
     def partial_fit(self, batch: Batch) -> None:

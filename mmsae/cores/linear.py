@@ -43,8 +43,9 @@ class LinearCore(SAECore):
     ) -> None:
         super().__init__(spec, d_latent)
         self.decoder_norm = decoder_norm
-        self.spec = ActivationSpec({name: self.spec.streams[name] for name in (self.spec.input, TARGET)
-                                    if name in self.spec.streams})
+        self.spec = ActivationSpec(
+            {name: self.spec.streams[name] for name in (self.spec.input, TARGET) if name in self.spec.streams}
+        )
         d_in, d_out = self.spec.d_in, self.spec.d_out
         rows = torch.randn(d_latent, d_out)
         self.W_dec = nn.Parameter(init_norm * rows / rows.norm(dim=-1, keepdim=True))
@@ -98,7 +99,7 @@ class LinearCore(SAECore):
     def after_step(self, step: int, codes: Codes) -> None:
         """Back to unit rows; after the optimizer, so that saved weights are unit too."""
         if self.decoder_norm == "unit":
-            self.W_dec /= self.W_dec.norm(dim=-1, keepdim=True).clamp_min(1e-8)
+            self.W_dec.div_(self.W_dec.norm(dim=-1, keepdim=True).clamp_min(1e-8))
 
     @torch.no_grad()
     def fold(self, affine: Mapping[str, Affine]) -> None:

@@ -55,7 +55,8 @@ class Fidelity(Metric):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        return super()._apply(keep, *args, **kwargs)
+        super()._apply(keep, *args, **kwargs)
+        return self
 
     def update(self, x: Tensor, reconstruction: Tensor, codes: Codes) -> None:
         """Add rows.

@@ -81,9 +81,7 @@ class Recovery(NamedTuple):
     predicted: np.ndarray
 
 
-def recover(
-    chosen_on: tuple[np.ndarray, np.ndarray], scored_on: tuple[np.ndarray, np.ndarray]
-) -> Recovery:
+def recover(chosen_on: tuple[np.ndarray, np.ndarray], scored_on: tuple[np.ndarray, np.ndarray]) -> Recovery:
     """Choose columns on one split and score them on another.
 
     Args:
@@ -104,4 +102,3 @@ def f1_score(predicted: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """F1 of each column of decisions, `[v]`; 0 where nothing is positive."""
     hits = (predicted & labels).sum(0)
     return 2 * hits / np.maximum(predicted.sum(0) + labels.sum(0), 1)
-

@@ -172,8 +172,9 @@ class Source(ABC):
             batch: As collated.
 
         Returns:
-            `acts` (stream to `[rows, width]`, in the precision of the model); int64 `[rows]` `sample_id`, `position`, `row`, `column`,
-            `kind`, `modality` (-1: no such place; a mean has position -1); the columns of the batch, one entry a row.
+            `acts` (stream to `[rows, width]`, in the precision of the model); int64 `[rows]` `sample_id`, `position`,
+            `row`, `column`, `kind`, `modality` (-1: no such place; a mean has position -1); the columns of the batch,
+            one entry a row.
 
         Raises:
             MmsaeError: Streams have different positions, or an activation is not finite.

@@ -24,7 +24,11 @@ class Chunks(Protocol):
     """
 
     spec: ActivationSpec
-    n_rows: int | None
+
+    @property
+    def n_rows(self) -> int | None:
+        """See above."""
+        ...
 
     def read(
         self, seed: int, epoch: int, cursor: int, memory: dict[str, Tensor] | None = None

@@ -128,7 +128,7 @@ class Shard:
     def read(self, name: str, start: int, out: Tensor) -> None:
         """Fill `out` `[n, ...]` with rows `start .. start + n` of a tensor."""
         field = self.fields[name]
-        view = memoryview(out.view(torch.uint8).numpy() if out.ndim else out.numpy()).cast("B")
+        view = memoryview(out.view(torch.uint8).numpy()).cast("B")  # type: ignore[arg-type]
         with open(self.path, "rb", buffering=0) as file:
             place, done = field.offset + start * field.row_bytes, 0
             while done < len(view):

@@ -70,7 +70,10 @@ class Writer:
     def complete(self) -> bool:
         """Whether the store is finished; with another plan it is refused."""
         self._check_plan()
-        return (self.folder / MANIFEST).is_file()
+        done = (self.folder / MANIFEST).is_file()
+        if done and self.rank == 0:
+            self._drop_commits()  # a kill right after the manifest may have left them
+        return done
 
     def _check_plan(self) -> None:
         path = self.folder / PLAN
@@ -177,9 +180,12 @@ class Writer:
         save_statistics(self.folder, self._statistics(entries, streams))
         manifest = Manifest(dtype, streams, columns, source, data, entries, library_versions(), factors)
         manifest.save(self.folder)
-        for path in commits:
-            path.unlink()
+        self._drop_commits()
         return manifest
+
+    def _drop_commits(self) -> None:
+        for path in self.folder.glob("[0-9]*-[0-9]*.json"):
+            path.unlink()
 
     def _statistics(self, entries: list[dict[str, Any]], streams: dict[str, int]) -> dict[str, Statistics]:
         totals: dict[str, Tensor] = {}

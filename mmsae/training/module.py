@@ -46,6 +46,8 @@ class SAEModule(L.LightningModule):
             continued later beyond its own end, so that both parts follow one schedule.
     """
 
+    started: Tensor
+
     def __init__(
         self,
         core: CoreFactory,
@@ -85,10 +87,9 @@ class SAEModule(L.LightningModule):
         self.normalisers = nn.ModuleDict(
             {stream.replace(".", "/"): Normaliser(width, normalise) for stream, width in spec.streams.items()}
         )
-        self.fidelity = nn.ModuleDict(
-            {name: Fidelity(core.spec.d_out, core.d_latent) for name, core in self._cores()}
-        )
+        self.fidelity = nn.ModuleDict({name: Fidelity(core.spec.d_out, core.d_latent) for name, core in self._cores()})
         self.register_buffer("started", torch.zeros((), dtype=torch.bool))
+        self._rng: dict[str, Any] | None = None  # of a checkpoint, until training takes it up
 
     # ---- the pieces
 
@@ -155,7 +156,7 @@ class SAEModule(L.LightningModule):
     def on_train_start(self) -> None:
         """Statistics and data-dependent initialisation, once; a resumed run takes up its random generators instead."""
         self._sparsity_steps = self.sparsity_warmup * (self.total_steps or 20_000)
-        if getattr(self, "_rng", None) is not None:  # not at the start of an epoch: in the middle of one there is none
+        if self._rng is not None:  # not at the start of an epoch: in the middle of one there is none
             restore_rng(self._rng)
             self._rng = None
         if self.started:
@@ -182,7 +183,7 @@ class SAEModule(L.LightningModule):
                     torch.distributed.broadcast(tensor, 0)
 
     def _sample(self) -> Batch:
-        loader = self.trainer.train_dataloader
+        loader: Any = self.trainer.train_dataloader
         if hasattr(loader, "sample"):
             return loader.sample(self.sample_rows)
         taken: list[Batch] = []
@@ -194,8 +195,9 @@ class SAEModule(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
         """Sum of all loss terms of all cores."""
-        if hasattr(self.trainer.train_dataloader, "trained"):
-            self.trainer.train_dataloader.trained()
+        loader: Any = self.trainer.train_dataloader
+        if hasattr(loader, "trained"):
+            loader.trained()
         batch = self.normalised(batch)
         n_rows = int(self._join(torch.tensor(rows_of(batch)), "sum"))
         loss: Tensor | None = None
@@ -234,7 +236,7 @@ class SAEModule(L.LightningModule):
 
     @property
     def _logging(self) -> bool:
-        every = self.trainer.log_every_n_steps
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         return (bool(every) and (self.global_step + 1) % every == 0) or self.global_step == 0
 
     @torch.no_grad()

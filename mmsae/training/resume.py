@@ -41,6 +41,7 @@ def check_description(checkpoint: dict[str, Any], now: dict[str, dict[str, Any]]
 def rng_state() -> dict[str, Any]:
     """Of Python, NumPy, torch and CUDA, in types that `weights_only` loading accepts."""
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    assert isinstance(keys, np.ndarray)
     version, internal, gauss = random.getstate()
     return {
         "torch": torch.get_rng_state(),

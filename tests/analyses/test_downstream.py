@@ -37,9 +37,7 @@ def data():
         optimizer.step()
     found = live()
     found.source = Custom(model, ["body"], modality="signal", input_shape=[3, D], task="classification", device="cpu")
-    found.items = lambda split: [
-        {"input": x[i], "sample_id": i, "labels": {"class": int(y[i])}} for i in range(len(x))
-    ]
+    found.items = lambda split: [{"input": x[i], "sample_id": i, "labels": {"class": int(y[i])}} for i in range(len(x))]
     return found
 
 

@@ -307,6 +307,7 @@ def test_missing_stream_is_named():
 
 def test_several_dictionaries_train_as_if_alone():
     """One optimizer, one pass, and yet no dictionary feels the other."""
+
     def fitted(**also):
         torch.manual_seed(0)
         core = TopK(8, 16, k=3)

@@ -15,6 +15,9 @@ from mmsae.latents import LatentStore
 from mmsae.metrics.recovery import auroc, best_f1
 from mmsae.results import Result
 
+PLACELESS = {1: "the class token", 3: "a register token"}
+"""Kinds of tokens (`mmsae.sources.positions`) that lie nowhere in a picture."""
+
 
 class TopExamples(Analysis):
     """The strongest examples of each latent, with heat maps over positions, a histogram and the best-matching factor.
@@ -126,6 +129,8 @@ class TopExamples(Analysis):
         }
         codes = latents.codes[rows, latent].toarray()[:, 0]
         if "row" in columns and (columns["row"][rows] >= 0).any():
+            if columns["row"][row] < 0:  # a map of the patches would hide where it really fired
+                return example | {"note": f"at {PLACELESS.get(int(columns['kind'][row]), 'a token')}"}
             placed = columns["row"][rows] >= 0
             y, x = columns["row"][rows][placed], columns["column"][rows][placed]
             heat = np.zeros((y.max() + 1, x.max() + 1))

@@ -73,7 +73,9 @@ def show(results: list[Result]) -> None:
     console = Console()
     for result in results:
         for table in result.tables:
-            drawn = RichTable(title=f"{result.name}: {table.title}", title_justify="left", box=box.SIMPLE_HEAD)
+            drawn = RichTable(
+                title=f"{result.name}: {table.title}", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
+            )
             for i, column in enumerate(table.columns):
                 words = all(isinstance(row[i], str) for row in table.rows)
                 drawn.add_column(column, justify="left" if words else "right", no_wrap=words)

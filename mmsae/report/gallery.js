@@ -140,7 +140,7 @@ function fillFactors(select, latents) {
 }
 
 function headingOf(latent) {
-  if (latent.factor) return factorName(latent);
+  if (latent.factor) return latent.factor.value;
   return latent.label || latent.captions?.[0]?.text || "";
 }
 
@@ -155,7 +155,7 @@ function card(latent, media, heat) {
   return make(
     "a", { class: "card", href: `#${latent.key}`, "aria-label": [`Latent ${latent.id}`, heading, score].filter(Boolean).join(", ") },
     montage,
-    make("span", { class: "line" }, make("strong", { title: heading }, heading || "no match"), make("span", {}, `#${latent.id}`)),
+    make("span", { class: "line" }, make("strong", { title: latent.factor ? factorName(latent) : heading }, heading || "no match"), make("span", {}, `#${latent.id}`)),
     make("span", { class: "line" }, make("span", {}, score ?? "active on"), make("span", { title: "Share of rows on which it is active" }, percent(latent.density))),
   );
 }
@@ -242,7 +242,7 @@ function example(latent, medium, e) {
   }
   if (medium.kind !== "image") return make("figure", { class: "reading" }, value, make("span", {}, medium.text ?? ""));
   const alt = medium.text || `Sample ${e.sample}`;
-  return make("figure", {}, picture(medium, e, { alt, heat: true }), make("figcaption", { title: alt }, value, make("span", { class: "alt" }, medium.text ?? "")));
+  return make("figure", {}, picture(medium, e, { alt, heat: true }), make("figcaption", { title: alt }, value, make("span", { class: "alt" }, [e.note, medium.text].filter(Boolean).join(" · "))));
 }
 
 function facts(latent) {

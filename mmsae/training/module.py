@@ -317,7 +317,8 @@ class SAEModule(L.LightningModule):
             for key, value in metric.compute().items():
                 shown = name == MAIN and key in ("fvu", "l0")
                 self.log(f"{split}/{self._label(name, key)}", value.float(), prog_bar=shown)
-            log_density(self.logger, f"{split}/{self._label(name, 'log10_density')}", metric, self.global_step)
+            for logger in self.loggers:
+                log_density(logger, f"{split}/{self._label(name, 'log10_density')}", metric, self.global_step)
             metric.reset()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

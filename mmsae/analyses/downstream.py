@@ -51,7 +51,7 @@ class Downstream(Analysis):
         }
         found: dict[str, dict[str, list[Tensor]]] = {way: {} for way in ways}
         seen = 0
-        for batch in tqdm(self._batches(data), desc="downstream", leave=False):
+        for batch in tqdm(self._batches(data), desc="downstream", leave=False, disable=None):
             for way, replace in ways.items():
                 outcomes = self._outcomes(source, batch, core.spec.input, replace)
                 for name, values in outcomes.items():

@@ -133,7 +133,7 @@ def pooled(core: SAECore, batches: Any, label: str) -> tuple[np.ndarray, dict[st
     ids: list[Tensor] = []
     parts: list[Tensor] = []
     labels: dict[str, list[Tensor]] = {}
-    for batch in tqdm(batches, desc=label, leave=False):
+    for batch in tqdm(batches, desc=label, leave=False, disable=None):
         z = core.encode(core.inputs(batch).float(), batch).dense()
         z = torch.cat([z, -z], dim=1) if core.signed else z
         own, place = batch["sample_id"].cpu().unique(return_inverse=True)

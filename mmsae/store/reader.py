@@ -69,6 +69,8 @@ class Store:
                     into[name] = memory
             out = memory[:n]
             done = 0
+            for shard, start, count in pieces if len(pieces) > 1 else ():
+                self.shards[shard].announce(name, start, count)
             for shard, start, count in pieces:
                 self.shards[shard].read(name, start, out[done : done + count])
                 done += count

@@ -328,3 +328,17 @@ def test_predict_gives_the_codes_of_every_row():
     codes = torch.cat([f["values"] for f in found])
     assert codes.shape == (600, 3)
     assert torch.cat([f["sample_id"] for f in found]).tolist() == [i for i in range(200) for _ in range(3)]
+
+
+def test_tensorboard_gets_the_histogram_of_firing_frequencies_also_as_the_second_logger(tmp_path):
+    from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    loggers = [CSVLogger(tmp_path, name="csv"), TensorBoardLogger(tmp_path, name="tb")]
+    fitted, run = module(), trainer(tmp_path, logger=loggers)
+    data = Fixed(batches_of(X, 100), batches_of(X, 100))
+    run.fit(fitted, data)
+    events = EventAccumulator(loggers[1].log_dir)
+    events.Reload()
+    last = events.Histograms("val/log10_density")[-1]
+    assert last.histogram_value.num == fitted.core.d_latent

@@ -56,8 +56,10 @@ def draw(plot: Plot, key: str = "plot") -> str:
                 _bars(axes, line, i, alone=len(lines) == 1)
             else:
                 _line(axes, line, i)
-        if plot.kind == "bars" and "y" not in plot.log:
-            axes.set_ylim(bottom=0)
+        heights = [v for line in lines for v in line["y"]]
+        nothing = all(v == 0 for v in heights)  # a line of zeros would float in the middle of an axis from -0.05
+        if (plot.kind == "bars" or nothing) and "y" not in plot.log:
+            axes.set_ylim(bottom=0, top=1 if nothing else None)
         _furnish(axes, plot)
         if len(lines) > 1:
             figure.draw_without_rendering()  # settles the limits that the labels are placed by

@@ -85,3 +85,9 @@ def test_short_and_long_rows_fit_their_table():
 
 def test_dollar_in_a_label_is_a_dollar():
     assert "cost in $ per $" in texts(draw(Plot("", "cost in $ per $", "y", [line([1, 2])])))
+
+
+def test_a_line_of_zeros_lies_on_the_axis_and_shows_no_negative_ticks():
+    svg = draw(Plot("none died", "step", "share", [{"label": "dead", "x": [1, 2, 3], "y": [0, 0, 0]}]))
+    assert "−0" not in svg
+    assert "-0.0" not in re.sub(r"<path[^>]*>", "", svg)

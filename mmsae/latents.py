@@ -112,7 +112,6 @@ class LatentStore:
 
     def labels(self) -> dict[str, np.ndarray]:
         """Factor to the index of its value for each of `samples` (of the sample's first row)."""
-        _ids, _place = self.samples
         first = np.array([rows[0] for rows in self.rows_of_sample])
         return {
             name.removeprefix("label."): column[first]

@@ -42,6 +42,12 @@ class ActivationSpec(NamedTuple):
         """Width of what is reconstructed."""
         return self.streams.get(TARGET, self.d_in)
 
+    def require(self, stream: str, width: int) -> None:
+        """Raise unless these data have the stream that a dictionary reads, in its width."""
+        if self.streams.get(stream) != width:
+            has = ", ".join(f"{name} ({found})" for name, found in self.streams.items())
+            raise MmsaeError(f"the dictionary reads {stream!r} with d_in={width}, but the data have {has}.")
+
     @classmethod
     def of(cls, spec: ActivationSpec | dict[str, int] | int) -> ActivationSpec:
         """Accept a spec, its streams, or the bare width of a single stream."""

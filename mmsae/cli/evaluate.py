@@ -17,7 +17,6 @@ from mmsae.analyses import Analysis, Downstream, FactorRecovery, Fidelity, TopEx
 from mmsae.cli.base import quiet
 from mmsae.cli.messages import Parser
 from mmsae.cli.run import datamodule_of, training_result
-from mmsae.errors import MmsaeError
 from mmsae.latents import LatentStore
 from mmsae.results import Result
 from mmsae.store.manifest import write_atomic
@@ -50,10 +49,7 @@ def evaluate(
     folder = Path(run)
     data = datamodule_of(folder, store=store)
     core = mmsae.artifact.load(sae or folder)
-    stream, width = core.spec.input, core.spec.d_in
-    if data.spec.streams.get(stream) != width:
-        has = ", ".join(f"{name} ({w})" for name, w in data.spec.streams.items())
-        raise MmsaeError(f"the dictionary reads {stream!r} with d_in={width}, but the data have {has}.")
+    data.spec.require(core.spec.input, core.spec.d_in)
     latents = LatentStore.build(core, data.rows(split), max_rows, label=f"encoding {split}")
     kept = []
     questions = analyses or [Fidelity(), FactorRecovery(), Downstream(), TopExamples()]

@@ -26,12 +26,10 @@ def config_of(run: Path) -> dict[str, Any]:
         raise MmsaeError(f"{path} is no YAML: {' '.join(str(error).split())}.") from error
 
 
-def datamodule_of(run: Path, source: dict[str, Any] | None = None, store: str | None = None) -> ActivationDataModule:
-    """The datamodule of a run; `source` and `store` replace its own."""
+def datamodule_of(run: Path, store: str | None = None) -> ActivationDataModule:
+    """The datamodule of a run; `store` replaces its own."""
     chosen = config_of(run)["data"]
     init = chosen.setdefault("init_args", {})
-    if source is not None:
-        init["source"] = source
     if store is not None:
         init["store"] = store
     parser = Parser()

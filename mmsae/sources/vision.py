@@ -14,7 +14,42 @@ from mmsae.sources.items import example_images
 from mmsae.sources.weights import existing_file, first_line, load_weights, needs
 
 
-class Timm(ImageSource):
+class _NamedModel(ImageSource):
+    """What models that a library knows by name have in common: where their weights are from, and their size."""
+
+    def __init__(
+        self,
+        model: str,
+        hook_points: Sequence[str],
+        pretrained: bool | str | None,
+        checkpoint: str | Path | None,
+        image_size: int | None,
+        config: dict[str, Any] | None,
+        channels_last: bool | None,
+        task: Task | None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(hook_points, **kwargs)
+        self.name = model
+        self.pretrained = pretrained
+        self.checkpoint = checkpoint
+        self.image_size = image_size
+        self.config = config or {}
+        self.maps_last = channels_last
+        self.task = task
+        self.side = 0
+
+    def example_items(self) -> list[dict[str, Any]]:
+        """Plain pictures of the model's size."""
+        return (self.model, example_images(self.side))[1]
+
+    def describe(self) -> dict[str, Any]:
+        """Name and weights."""
+        given = {"pretrained": self.pretrained, "checkpoint": str(self.checkpoint) if self.checkpoint else None}
+        return {"model": self.name, "revision": None, **given, "image_size": self.image_size, "config": self.config}
+
+
+class Timm(_NamedModel):
     """An image model of timm: ViT, DINOv2 and v3, SigLIP, ConvNeXt, Swin, ResNet …
 
     Args:
@@ -41,15 +76,7 @@ class Timm(ImageSource):
         task: Task | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(hook_points, **kwargs)
-        self.name = model
-        self.pretrained = pretrained
-        self.checkpoint = checkpoint
-        self.image_size = image_size
-        self.config = config or {}
-        self.maps_last = channels_last
-        self.task = task
-        self.side = 0
+        super().__init__(model, hook_points, pretrained, checkpoint, image_size, config, channels_last, task, **kwargs)
 
     def load(self) -> nn.Module:
         """`timm.create_model`, the weights, and the model's own preprocessing."""
@@ -87,15 +114,6 @@ class Timm(ImageSource):
         self.channels_last = last if self.maps_last is None else self.maps_last
         return model
 
-    def example_items(self) -> list[dict[str, Any]]:
-        """Plain pictures of the model's size."""
-        return (self.model, example_images(self.side))[1]
-
-    def describe(self) -> dict[str, Any]:
-        """Name and weights."""
-        given = {"pretrained": self.pretrained, "checkpoint": str(self.checkpoint) if self.checkpoint else None}
-        return {"model": self.name, "revision": None, **given, "image_size": self.image_size, "config": self.config}
-
     def _load_checkpoint(self, timm: Any, model: nn.Module) -> None:
         try:
             timm.models.load_checkpoint(model, str(existing_file(self.checkpoint or "")), weights_only=True)
@@ -104,7 +122,7 @@ class Timm(ImageSource):
             raise MmsaeError(f"the checkpoint {path!r} does not fit the timm model {self.name!r} ({why}).") from error
 
 
-class Torchvision(ImageSource):
+class Torchvision(_NamedModel):
     """A classifier of torchvision.
 
     Args:
@@ -131,15 +149,7 @@ class Torchvision(ImageSource):
         task: Task | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(hook_points, **kwargs)
-        self.name = model
-        self.weights = weights
-        self.checkpoint = checkpoint
-        self.image_size = image_size
-        self.config = config or {}
-        self.maps_last = channels_last
-        self.task = task
-        self.side = 0
+        super().__init__(model, hook_points, weights, checkpoint, image_size, config, channels_last, task, **kwargs)
 
     def load(self) -> nn.Module:
         """`torchvision.models.get_model`, the weights, and their preprocessing."""
@@ -148,16 +158,16 @@ class Torchvision(ImageSource):
             close = nearest(self.name, models.list_models())
             raise MmsaeError(f"torchvision has no model {self.name!r}; nearest: {close}.")
         known = models.get_model_weights(self.name)
-        if self.weights not in (None, "DEFAULT", *known.__members__):
+        if self.pretrained not in (None, "DEFAULT", *known.__members__):
             names = ", ".join(known.__members__)
-            raise MmsaeError(f"torchvision has no weights {self.weights!r} for {self.name}; it has {names}.")
-        trained = known[self.weights] if self.weights else known.DEFAULT
+            raise MmsaeError(f"torchvision has no weights {self.pretrained!r} for {self.name}; it has {names}.")
+        trained = known[self.pretrained] if self.pretrained else known.DEFAULT
         try:
-            model = models.get_model(self.name, weights=None if self.checkpoint else self.weights, **self.config)
+            model = models.get_model(self.name, weights=None if self.checkpoint else self.pretrained, **self.config)
         except OSError as error:
             raise MmsaeError(
-                f"cannot fetch the weights {self.weights} of {self.name} ({first_line(error)}); without a connection "
-                "give checkpoint=/path/to/weights.pth."
+                f"cannot fetch the weights {self.pretrained} of {self.name} ({first_line(error)}); without a "
+                "connection give checkpoint=/path/to/weights.pth."
             ) from error
         except TypeError as error:
             why = first_line(error)
@@ -171,12 +181,3 @@ class Torchvision(ImageSource):
         self.prefix = 1 if hasattr(model, "class_token") else 0
         self.channels_last = type(model).__name__ == "SwinTransformer" if self.maps_last is None else self.maps_last
         return model
-
-    def example_items(self) -> list[dict[str, Any]]:
-        """Plain pictures of the model's size."""
-        return (self.model, example_images(self.side))[1]
-
-    def describe(self) -> dict[str, Any]:
-        """Name and weights."""
-        given = {"pretrained": self.weights, "checkpoint": str(self.checkpoint) if self.checkpoint else None}
-        return {"model": self.name, "revision": None, **given, "image_size": self.image_size, "config": self.config}

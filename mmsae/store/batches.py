@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -116,16 +116,7 @@ class Batches:
 
     def sample(self, n_rows: int) -> Batch:
         """The first rows of epoch 0 in their shuffled order, without moving the position."""
-        twin = Batches(self.chunks, self.batch_size, self.seed, read_ahead=False)
-        taken, total = [], 0
-        for batch in twin:
-            taken.append(batch)
-            total += rows_of(batch)
-            if total >= n_rows:
-                break
-        if not taken:
-            raise MmsaeError("the training data give no activation rows: are the data empty, or the positions?")
-        return map_batch(concatenate(taken), lambda t: t[:n_rows])
+        return first_rows(Batches(self.chunks, self.batch_size, self.seed, read_ahead=False), n_rows)
 
     def state_dict(self) -> dict[str, Any]:
         """Position in the running epoch; after its last batch an empty rest is left, as Lightning expects."""
@@ -144,3 +135,16 @@ class Batches:
             self.next_epoch = state["epoch"] + 1
         else:
             self._resume = state
+
+
+def first_rows(batches: Iterable[Batch], n_rows: int) -> Batch:
+    """The first `n_rows` rows of some batches, or all if there are fewer."""
+    taken, total = [], 0
+    for batch in batches:
+        taken.append(batch)
+        total += rows_of(batch)
+        if total >= n_rows:
+            break
+    if not taken:
+        raise MmsaeError("the training data give no activation rows: are the data empty, or the positions?")
+    return map_batch(concatenate(taken), lambda t: t[:n_rows])

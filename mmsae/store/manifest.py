@@ -49,6 +49,14 @@ class Statistics:
     mean_square: float
     covariance: Tensor | None = None
 
+    @classmethod
+    def of(cls, sums: dict[str, Tensor], n_rows: int) -> Statistics:
+        """From sums over rows, as `mmsae.store.shards.moments` gives them."""
+        mean = sums["sum"] / n_rows
+        mean_norm, mean_square = (sums["norms"] / n_rows).tolist()
+        covariance = sums["products"] / n_rows - mean.outer(mean) if "products" in sums else None
+        return cls(mean, mean_norm, mean_square, covariance)
+
 
 @dataclass
 class Manifest:

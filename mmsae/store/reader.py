@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmsae.errors import MmsaeError, checked
 from mmsae.spec import ACTS, ActivationSpec, Batch
-from mmsae.store.manifest import DTYPES, Manifest, load_statistics
+from mmsae.store.manifest import Manifest, load_statistics
 from mmsae.store.shards import Shard, sha256
 
 Piece = tuple[int, int, int]
@@ -154,8 +154,3 @@ class DiskChunks:
             blocks = blocks[np.random.default_rng([seed, epoch, 0]).permutation(len(blocks))]
             self._order = ((seed, epoch), blocks, blocks[:, 2].cumsum())
         return self._order[1], self._order[2]
-
-
-def dtype_of(store: Store) -> torch.dtype:
-    """Of the stored activations."""
-    return DTYPES[store.manifest.dtype]

@@ -67,9 +67,9 @@ def moments(x: Tensor, products: bool) -> dict[str, Tensor]:
     Block by block, so that no wide copy of everything is made; the blocks are fixed, so that the bits are too.
     """
     width = x.shape[1]
-    total = torch.zeros(width, dtype=torch.float64)
-    norms = torch.zeros(2, dtype=torch.float64)
-    outer = torch.zeros(width, width, dtype=torch.float64) if products else None
+    total = x.new_zeros(width, dtype=torch.float64)
+    norms = x.new_zeros(2, dtype=torch.float64)
+    outer = x.new_zeros(width, width, dtype=torch.float64) if products else None
     for start in range(0, len(x), 1024):
         block = x[start : start + 1024].double()
         squares = block.pow(2).sum(-1)

@@ -195,14 +195,12 @@ class Writer:
                 if name.startswith(MOMENTS):
                     value = shard.tensor(name)
                     totals[name] = totals[name] + value if name in totals else value
-        n, found = sum(entry["rows"] for entry in entries), {}
-        for stream in streams:
-            mean = totals[f"{MOMENTS}{stream}.sum"] / n
-            mean_norm, mean_square = (totals[f"{MOMENTS}{stream}.norms"] / n).tolist()
-            products = totals.get(f"{MOMENTS}{stream}.products")
-            covariance = None if products is None else products / n - mean.outer(mean)
-            found[stream] = Statistics(mean, mean_norm, mean_square, covariance)
-        return found
+        n_rows = sum(entry["rows"] for entry in entries)
+        sums: dict[str, dict[str, Tensor]] = {stream: {} for stream in streams}
+        for name, total in totals.items():
+            stream, _, moment = name.removeprefix(MOMENTS).rpartition(".")
+            sums[stream][moment] = total
+        return {stream: Statistics.of(found, n_rows) for stream, found in sums.items()}
 
 
 def concatenate(batches: list[Batch]) -> Batch:

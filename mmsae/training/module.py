@@ -18,7 +18,7 @@ from mmsae.cores.base import squared_error, variance
 from mmsae.errors import MmsaeError, checked
 from mmsae.metrics import Fidelity
 from mmsae.spec import ACTS, TARGET, ActivationSpec, Batch, map_batch, rows_of
-from mmsae.store.writer import concatenate
+from mmsae.store.batches import first_rows
 from mmsae.training.normalise import Mode, Normaliser, moments
 from mmsae.training.resume import check_description, describe, restore_rng, rng_state
 
@@ -121,10 +121,9 @@ class SAEModule(L.LightningModule):
             raise MmsaeError(f"{alone[0]} learns from one pass on one device: set trainer.devices=1.")
         data = getattr(self.trainer, "datamodule", None)
         spec = getattr(data, "spec", None)
-        for stream, width in self.spec.streams.items():
-            if spec is not None and spec.streams.get(stream) != width:
-                has = ", ".join(f"{name} ({w})" for name, w in spec.streams.items())
-                raise MmsaeError(f"the dictionary reads {stream!r} with d_in={width}, but the data have {has}.")
+        if spec is not None:
+            for stream, width in self.spec.streams.items():
+                spec.require(stream, width)
 
     # ---- training
 
@@ -186,12 +185,7 @@ class SAEModule(L.LightningModule):
         loader: Any = self.trainer.train_dataloader
         if hasattr(loader, "sample"):
             return loader.sample(self.sample_rows)
-        taken: list[Batch] = []
-        for batch in loader:
-            taken.append(batch)
-            if sum(map(rows_of, taken)) >= self.sample_rows:
-                break
-        return map_batch(concatenate(taken), lambda t: t[: self.sample_rows])
+        return first_rows(loader, self.sample_rows)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
         """Sum of all loss terms of all cores."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mmsae.cores import Affine
 from mmsae.errors import MmsaeError
-from mmsae.store import Statistics
+from mmsae.store import Statistics, shards
 
 Mode = Literal["none", "center", "scale", "center_scale", "whiten"]
 
@@ -73,8 +73,5 @@ class Normaliser(nn.Module):
 
 
 def moments(x: Tensor, covariance: bool) -> Statistics:
-    """Moments of a sample of rows `[rows, width]`, in float64."""
-    x = x.double()
-    norms, mean = x.norm(dim=-1), x.mean(0)
-    products = x.T @ x / len(x) - mean.outer(mean) if covariance else None
-    return Statistics(mean, float(norms.mean()), float(norms.pow(2).mean()), products)
+    """Moments of a sample of rows `[rows, width]`, in float64, as a store has them of all its rows."""
+    return Statistics.of(shards.moments(x, covariance), len(x))

@@ -13,6 +13,7 @@ from typing import Any
 
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
+from torch import Tensor
 
 import mmsae
 from mmsae import cores  # noqa: F401  (its imports are the registry)
@@ -20,12 +21,19 @@ from mmsae.cores.base import SAECore
 from mmsae.errors import MmsaeError
 from mmsae.subclasses import find_subclass
 
-FORMAT = 1
+FORMAT = 2
 CONFIG = "config.json"
 WEIGHTS = "sae.safetensors"
 
-MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
-"""Format number to the function that lifts a description of that format to the next."""
+
+def _encoder_rows(description: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Format 2 holds `W_enc` latent by latent, as `W_dec`."""
+    if "W_enc" in tensors:
+        tensors["W_enc"] = tensors["W_enc"].t().contiguous()
+
+
+MIGRATIONS: dict[int, Callable[[dict[str, Any], dict[str, Tensor]], None]] = {1: _encoder_rows}
+"""Format number to the function that lifts a description and its tensors (if they are wanted) to the next, in place."""
 
 
 def save(core: SAECore, folder: str | Path, **description: Any) -> Path:
@@ -120,6 +128,10 @@ def _download(repository: str, subfolder: str) -> Path:
 
 def describe(path: str | Path) -> dict[str, Any]:
     """The checked and migrated `config.json`."""
+    return _migrated(path, {})
+
+
+def _migrated(path: str | Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
     file = find(path) / CONFIG
     try:
         raw = json.loads(file.read_text())
@@ -127,12 +139,18 @@ def describe(path: str | Path) -> dict[str, Any]:
         if number > FORMAT:
             raise MmsaeError(f"{file} has format {number}, newer than the {FORMAT} known here: update mmsae.")
         while number < FORMAT:
-            raw = MIGRATIONS[number](raw)
+            MIGRATIONS[number](raw, tensors)
             number += 1
         _ = raw["core"], raw["config"], raw["sha256"]
         return raw
     except (ValueError, KeyError, TypeError) as error:
         raise MmsaeError(f"{file} is not a dictionary of mmsae ({type(error).__name__}: {error}).") from error
+
+
+def identity(path: str | Path) -> dict[str, Any]:
+    """Class, arguments and checksum of the weights: what tells one dictionary from another."""
+    config = describe(path)
+    return {key: config[key] for key in ("core", "config", "sha256")}
 
 
 def load(path: str | Path) -> SAECore:
@@ -146,10 +164,12 @@ def load(path: str | Path) -> SAECore:
     data = file.read_bytes()
     if hashlib.sha256(data).hexdigest() != config["sha256"]:
         raise MmsaeError(f"{file} is damaged: its checksum differs from the one in {CONFIG}.")
+    tensors = load_tensors(data)
+    config = _migrated(path, tensors)
     cls = find_subclass(SAECore, config["core"])  # type: ignore[type-abstract]
     try:
         core = cls(**config["config"])
-        core.load_state_dict(load_tensors(data))
+        core.load_state_dict(tensors)
     except (TypeError, RuntimeError) as error:
         raise MmsaeError(f"{file} does not fit {config['core']} of this version of mmsae: {error}") from error
     return core.eval().requires_grad_(False)

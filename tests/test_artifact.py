@@ -21,7 +21,7 @@ def golden_core():
     """The core behind tests/golden: values that any machine makes alike."""
     core = BatchTopK(4, 6, k=2)
     with torch.no_grad():
-        core.W_enc.copy_(torch.arange(24).reshape(4, 6) / 8 - 1)
+        core.W_enc.copy_((torch.arange(24).reshape(4, 6) / 8 - 1).T)
         core.W_dec.copy_(torch.arange(24).reshape(6, 4) / 8 - 1.5)
         core.b_enc.copy_(torch.arange(6) / 4)
         core.b_dec.copy_(torch.arange(4) / 2)
@@ -139,7 +139,7 @@ def rewrite(folder, **changes):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"format": 99}, "format 99, newer than the 1 known here: update mmsae"),
+        ({"format": 99}, "format 99, newer than the 2 known here: update mmsae"),
         ({"format": 0}, "not a dictionary of mmsae"),
         ({"format": "one"}, "not a dictionary of mmsae"),
         ({"core": None}, "not a dictionary of mmsae"),

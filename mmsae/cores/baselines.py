@@ -10,7 +10,7 @@ from torch import Tensor
 from mmsae.codes import Codes
 from mmsae.cores.linear import LinearCore
 from mmsae.errors import MmsaeError, checked
-from mmsae.kernels import topk
+from mmsae.kernels import linear_topk
 from mmsae.spec import ActivationSpec, Batch
 
 
@@ -32,12 +32,12 @@ class _Baseline(LinearCore):
         self.k = k if k is None else checked("k", k, 1, d_latent)
         self.requires_grad_(False)
 
-    def select(self, pre: Tensor) -> Codes:
+    def encode(self, x: Tensor | dict[str, Tensor], batch: Batch | None = None) -> Codes:
         """All codes, or the k of largest magnitude with their sign."""
         if self.k is None:
-            return Codes(pre, None, self.d_latent)
-        indices = topk(pre.abs(), self.k)[1]
-        return Codes(pre.gather(-1, indices), indices, self.d_latent)
+            return Codes(self.pre_activations(x), None, self.d_latent)
+        x, table, bias, centre = self.encoder(x)
+        return Codes(*linear_topk(x, table, bias, self.k, centre, signed=True), self.d_latent)
 
     def partial_fit(self, batch: Batch) -> None:
         """Nothing to learn."""
@@ -77,7 +77,7 @@ class RandomDictionary(_Baseline):
         rows = torch.randn(d_latent, self.spec.d_out, generator=torch.Generator().manual_seed(seed))
         rows /= rows.norm(dim=-1, keepdim=True)
         self.W_dec.data = rows
-        self.W_enc.data = rows.clone().t()
+        self.W_enc.data = rows.clone()
 
 
 class PCA(_Baseline):
@@ -114,5 +114,5 @@ class PCA(_Baseline):
         covariance = self.products / self.rows_seen - mean.outer(mean)
         components = torch.linalg.eigh(covariance).eigenvectors.flip(-1).T[: self.d_latent]
         self.W_dec.copy_(components)
-        self.W_enc.copy_(components.T)
+        self.W_enc.copy_(components)
         self.b_dec.copy_(mean)

@@ -11,8 +11,8 @@ from torch import Tensor
 from mmsae.codes import Codes
 from mmsae.cores.topk import TopK
 from mmsae.errors import MmsaeError, checked
-from mmsae.kernels import batch_topk
-from mmsae.spec import ActivationSpec
+from mmsae.kernels import linear_above, linear_batch_topk
+from mmsae.spec import ActivationSpec, Batch
 
 
 class BatchTopK(TopK):
@@ -49,17 +49,19 @@ class BatchTopK(TopK):
         self.threshold_decay = checked("threshold_decay", threshold_decay, 0, 1)
         self.register_buffer("threshold", torch.full((), -1.0, dtype=torch.float64))  # -1: never measured
 
-    def select(self, pre: Tensor) -> Codes:
+    def encode(self, x: Tensor | dict[str, Tensor], batch: Batch | None = None) -> Codes:
         """Over the batch while training, by the threshold otherwise."""
-        scores = pre.relu()
+        x, table, bias, centre = self.encoder(x)
         if self.training:
-            n_rows = scores.numel() // self.d_latent
-            return Codes(*batch_topk(scores, self.k * n_rows), self.d_latent)
+            n_rows = x.shape[:-1].numel()
+            return Codes(*linear_batch_topk(x, table, bias, self.k * n_rows, centre), self.d_latent)
         if self.threshold < 0:
             raise MmsaeError(
                 f"{type(self).__name__} has no inference threshold yet: train it for at least one step, or call train()"
             )
-        return Codes(scores * (scores > self.threshold), None, self.d_latent).sparse()
+        found = linear_above(x, table, bias, self.threshold.to(x.dtype).expand(self.d_latent), centre)
+        values, indices = found or (self.pre_activations(x), None)
+        return Codes(values * (values > self.threshold), indices, self.d_latent).sparse()
 
     @torch.no_grad()
     def after_step(self, step: int, codes: Codes) -> None:

@@ -6,49 +6,60 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from mmsae.codes import Codes
-from mmsae.cores.base import Losses
+from mmsae.cores.base import Losses, squared_error
 from mmsae.cores.linear import LinearCore
 from mmsae.errors import checked
+from mmsae.kernels import dense_linear, linear_above
 from mmsae.spec import ActivationSpec, Batch
 
-
-def _window(pre: Tensor, threshold: Tensor, bandwidth: Tensor) -> Tensor:
-    """Rectangle kernel K((pre - threshold) / bandwidth)."""
-    return ((pre - threshold).abs() < bandwidth / 2).to(pre.dtype)
+ROWS = 128  # rows treated at a time: few enough to stay in the cache between the passes
 
 
 class _Jump(torch.autograd.Function):
-    """`pre * 1[pre > threshold]`; d/d threshold = -(threshold / bandwidth) K."""
+    """`pre * 1[pre > threshold]`, and how many of a row's entries jump; with the straight-through gradients of both.
+
+    With the rectangle K of a width around the threshold, d code / d threshold = -(threshold / width) K and
+    d count / d threshold = -(1 / width) K, on pre-activations just below the threshold as well.
+    """
 
     @staticmethod
-    def forward(ctx: Any, pre: Tensor, threshold: Tensor, bandwidth: Tensor) -> Tensor:
-        ctx.save_for_backward(pre, threshold, bandwidth)
-        return pre * (pre > threshold)
+    def forward(ctx: Any, pre: Tensor, threshold: Tensor, width: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(pre, threshold, width)
+        codes, counts = torch.empty_like(pre), pre.new_empty(len(pre))
+        for rows in _parts(len(pre)):
+            above = pre[rows] > _of(threshold, rows)
+            codes[rows] = torch.where(above, pre[rows], 0.0)  # not a product: padding is minus infinity
+            counts[rows] = above.sum(-1).to(pre.dtype)
+        return codes, counts
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        (grad,) = grads
-        pre, threshold, bandwidth = ctx.saved_tensors
-        by_threshold = -(threshold / bandwidth) * _window(pre, threshold, bandwidth) * grad
-        return grad * (pre > threshold), by_threshold.reshape(-1, threshold.numel()).sum(0), None
+        by_codes, by_counts = grads
+        pre, threshold, width = ctx.saved_tensors
+        by_pre, by_threshold = torch.empty_like(pre), torch.zeros_like(threshold)
+        for rows in _parts(len(pre)):
+            height, span, x = _of(threshold, rows), _of(width, rows), pre[rows]
+            torch.mul(by_codes[rows], x > height, out=by_pre[rows])
+            near = (x - height).abs_() < span / 2
+            part = (by_codes[rows] * height).add_(by_counts[rows, None]).div_(-span).mul_(near)
+            if threshold.ndim == 1:
+                by_threshold += part.sum(0)
+            else:
+                by_threshold[rows] = part
+        return by_pre, by_threshold, None
 
 
-class _Step(torch.autograd.Function):
-    """`1[pre > threshold]`; d/d threshold = -(1 / bandwidth) K, on pre-activations just below it as well."""
+def _parts(n_rows: int) -> list[slice]:
+    return [slice(begin, begin + ROWS) for begin in range(0, n_rows, ROWS)]
 
-    @staticmethod
-    def forward(ctx: Any, pre: Tensor, threshold: Tensor, bandwidth: Tensor) -> Tensor:
-        ctx.save_for_backward(pre, threshold, bandwidth)
-        return (pre > threshold).to(pre.dtype)
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, None]:
-        (grad,) = grads
-        pre, threshold, bandwidth = ctx.saved_tensors
-        by_threshold = -(1 / bandwidth) * _window(pre, threshold, bandwidth) * grad
-        return None, by_threshold.reshape(-1, threshold.numel()).sum(0), None
+def _of(per_latent: Tensor, rows: slice) -> Tensor:
+    """A value per latent, or per entry when it has rows."""
+    return per_latent if per_latent.ndim == 1 else per_latent[rows]
 
 
 class JumpReLU(LinearCore):
@@ -103,34 +114,52 @@ class JumpReLU(LinearCore):
     @torch.no_grad()
     def start(self, batch: Batch) -> None:
         """Threshold and window in units of the pre-activations."""
-        pre = self.pre_activations(self.inputs(batch)[:32768])
+        pre = self.pre_activations(self.inputs(batch)[:4096])
         self.unit.fill_(pre.pow(2).mean().sqrt())
         self.theta.copy_(self.threshold * self.unit)
 
-    def select(self, pre: Tensor) -> Codes:
-        """Dense in training, where the window needs all pre-activations; a pair list otherwise."""
-        codes = Codes(_Jump.apply(pre, self.theta, self.bandwidth * self.unit), None, self.d_latent)
+    def encode(self, x: Tensor | dict[str, Tensor], batch: Batch | None = None) -> Codes:
+        """What exceeds its threshold; a pair list unless too many do in training."""
+        codes = self._jump(x)[0]
         return codes if self.training else codes.sparse()
+
+    def _jump(self, x: Tensor | dict[str, Tensor]) -> tuple[Codes, Tensor]:
+        """Codes and L0 of each row; pairs that fire or lie in the window below if they are few, else dense."""
+        theta, width = self.theta.view(-1), self.bandwidth * self.unit
+        x, table, bias, centre = self.encoder(x)
+        found = linear_above(x, table, bias, (theta - width / 2).detach(), centre, padding=-torch.inf)
+        if found is None:
+            pre, indices = self.pre_activations(x), None
+        else:
+            pre, indices = found
+            theta, width = (t.index_select(0, indices.flatten()).view(-1, pre.shape[-1]) for t in (theta, width))
+        codes, l0 = _Jump.apply(pre.view(-1, pre.shape[-1]), theta, width)
+        return Codes(codes.view_as(pre), indices, self.d_latent), l0
 
     def losses(self, batch: Batch) -> Losses:
         """Squared error and the price of firing."""
-        pre = self.pre_activations(self.inputs(batch))
-        window = self.bandwidth * self.unit
-        codes = Codes(_Jump.apply(pre, self.theta, window), None, self.d_latent)
+        x, target = self.inputs(batch), self.target(batch)
+        codes, l0 = self._jump(x)
         reconstruction = self.decode(codes)
-        error = (self.target(batch) - reconstruction).pow(2).sum(-1).mean()
+        terms = {"reconstruction": squared_error(target, reconstruction)}
         if self.sparsity_loss == "tanh":
             norms = self.W_dec.norm(dim=-1)
-            price = (4 * codes.values * norms).tanh().sum(-1).mean()
-            dead = self.rows_since_fired >= self.dead_after
-            # pulls dead latents back to their thresholds; the small constant is SAELens's
-            revive = 3e-6 * ((self.theta - pre).relu() * norms * dead).sum(-1).mean()
-            terms = {"reconstruction": error, "sparsity": self.sparsity_coefficient * price, "aux": revive}
-            return Losses(terms, codes, reconstruction)
-        l0 = _Step.apply(pre, self.theta, window).sum(-1).mean()
-        price = l0 if self.sparsity_loss == "step" else (l0 / self.target_l0 - 1).pow(2)
-        terms = {"reconstruction": error, "sparsity": self.sparsity_coefficient * price}
+            if codes.indices is not None:
+                norms = norms.index_select(0, codes.indices.flatten()).view_as(codes.values)
+            terms["sparsity"] = self.sparsity_coefficient * (4 * codes.values * norms).tanh().sum(-1).mean()
+            terms["aux"] = self._revival(x)
+        else:
+            price = l0.mean() if self.sparsity_loss == "step" else (l0.mean() / self.target_l0 - 1).pow(2)
+            terms["sparsity"] = self.sparsity_coefficient * price
         return Losses(terms, codes, reconstruction)
+
+    def _revival(self, x: Tensor) -> Tensor:
+        """Pulls dead latents back to their thresholds; the small constant is SAELens's."""
+        dead = (self.rows_since_fired >= self.dead_after).nonzero()[:, 0]
+        x, table, bias, _ = self.encoder(x)
+        pre = dense_linear(x, table.index_select(0, dead), bias.index_select(0, dead))
+        norms = self.W_dec.index_select(0, dead).norm(dim=-1)
+        return 3e-6 * ((self.theta.index_select(0, dead) - pre).relu() * norms).sum(-1).mean()
 
     @torch.no_grad()
     def after_step(self, step: int, codes: Codes) -> None:

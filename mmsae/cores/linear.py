@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
@@ -11,15 +10,17 @@ from torch import Tensor, nn
 
 from mmsae.codes import Codes
 from mmsae.cores.base import Affine, SAECore
-from mmsae.kernels import sparse_decode
-from mmsae.spec import TARGET, ActivationSpec, Batch
+from mmsae.kernels import LOW, dense_linear, sparse_decode
+from mmsae.spec import TARGET, ActivationSpec
+
+ROWS = 1024  # decoder rows constrained at a time: few enough to stay in the cache between the passes
 
 
 class LinearCore(SAECore):
-    """`codes = select((x - s b_dec) @ W_enc + b_enc)`, `reconstruction = codes @ W_dec + b_dec`.
+    """`codes = choose((x - s b_dec) @ W_enc.T + b_enc)`, `reconstruction = codes @ W_dec + b_dec`.
 
-    A subclass writes `select`. `W_enc` is laid out latent by latent in memory, so that the encoder row of a latent is
-    one contiguous read.
+    A subclass writes `encode`: by one of the fused selections of `mmsae.kernels`, or from `pre_activations` when it
+    needs them all. `W_enc` and `W_dec` hold one row per latent, each a contiguous read.
 
     Args:
         spec: Widths of the streams.
@@ -50,7 +51,7 @@ class LinearCore(SAECore):
         rows = torch.randn(d_latent, d_out)
         self.W_dec = nn.Parameter(init_norm * rows / rows.norm(dim=-1, keepdim=True))
         encoder = self.W_dec.detach().clone() if d_in == d_out else torch.randn(d_latent, d_in) / d_in**0.5
-        self.W_enc = nn.Parameter(encoder.t())  # [d_in, d_latent], contiguous per latent
+        self.W_enc = nn.Parameter(encoder)
         self.b_enc = nn.Parameter(torch.zeros(d_latent))
         self.b_dec = nn.Parameter(torch.zeros(d_out))
 
@@ -64,42 +65,38 @@ class LinearCore(SAECore):
         """Decoder rows `[d_latent, d_out]`."""
         return self.W_dec
 
-    @abstractmethod
-    def select(self, pre: Tensor) -> Codes:
-        """Codes from pre-activations `[..., d_latent]` (float32 or wider)."""
-
-    def pre_activations(self, x: Tensor) -> Tensor:
-        """`[..., d_latent]`, at least float32 also under autocast, because selections are made on it."""
-        x = x.to(self.W_enc.dtype)  # activations in half precision meet float32 weights
-        if self.subtracts_b_dec:
-            x = x - self.b_dec
-        pre = x @ self.W_enc + self.b_enc
-        return pre.float() if pre.dtype in (torch.bfloat16, torch.float16) else pre
-
-    def encode(self, x: Tensor | dict[str, Tensor], batch: Batch | None = None) -> Codes:
-        """Codes of `x` `[..., d_in]`."""
+    def encoder(self, x: Tensor | dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """What fused selections take: `x` `[..., d_in]`, encoder rows, their biases, what is subtracted from `x`."""
         if isinstance(x, dict):
             x = x[self.spec.input]
-        return self.select(self.pre_activations(x))
+        x = x.to(self.W_enc.dtype)  # activations in half precision meet float32 weights
+        return x, self.W_enc, self.b_enc, self.b_dec if self.subtracts_b_dec else None
+
+    def pre_activations(self, x: Tensor | dict[str, Tensor]) -> Tensor:
+        """`[..., d_latent]`, at least float32 also under autocast, because selections are made on it."""
+        x, table, bias, centre = self.encoder(x)
+        pre = dense_linear(x if centre is None else x - centre, table, bias)
+        return pre.float() if pre.dtype in LOW else pre
 
     def decode(self, codes: Codes) -> Tensor:
         """Reconstruction `[..., d_out]`."""
         if codes.indices is None:
-            return codes.values @ self.W_dec + self.b_dec
+            return dense_linear(codes.values, self.W_dec.t()) + self.b_dec
         return sparse_decode(codes.values, codes.indices, self.W_dec) + self.b_dec
 
     @torch.no_grad()
     def before_step(self) -> None:
         """Remove the part of the decoder gradient that would only change the norm of unit rows."""
         if self.decoder_norm == "unit" and self.W_dec.grad is not None:
-            unit = self.W_dec / self.W_dec.norm(dim=-1, keepdim=True).clamp_min(1e-8)
-            self.W_dec.grad -= (self.W_dec.grad * unit).sum(-1, keepdim=True) * unit
+            for rows, grad in zip(self.W_dec.split(ROWS), self.W_dec.grad.split(ROWS), strict=True):
+                grad.addcmul_(rows, (grad * rows).sum(-1, keepdim=True) / rows.pow(2).sum(-1, keepdim=True), value=-1)
 
     @torch.no_grad()
     def after_step(self, step: int, codes: Codes) -> None:
         """Back to unit rows; after the optimizer, so that saved weights are unit too."""
         if self.decoder_norm == "unit":
-            self.W_dec.div_(self.W_dec.norm(dim=-1, keepdim=True).clamp_min(1e-8))
+            for rows in self.W_dec.split(ROWS):
+                rows.div_(rows.norm(dim=-1, keepdim=True).clamp_min_(1e-8))
 
     @torch.no_grad()
     def fold(self, affine: Mapping[str, Affine]) -> None:
@@ -108,12 +105,12 @@ class LinearCore(SAECore):
         sink = affine.get(TARGET, source)
         s_in, s_out = source.scale.double(), sink.inverse_scale().double()
         w_enc, w_dec = self.W_enc.double(), self.W_dec.double()
-        w_enc = s_in * w_enc if s_in.ndim == 0 else s_in @ w_enc
+        w_enc = s_in * w_enc if s_in.ndim == 0 else w_enc @ s_in.t()
         rows = torch.cat([w_dec, self.b_dec.double()[None]])
         rows = rows * s_out if s_out.ndim == 0 else rows @ s_out
         w_dec, b_dec = rows[:-1], rows[-1] + sink.mean.double()
         if not self.subtracts_b_dec:
-            self.b_enc.sub_(source.mean.double() @ w_enc)
+            self.b_enc.sub_(w_enc @ source.mean.double())
         self.W_enc.copy_(w_enc)
         self.W_dec.copy_(w_dec)
         self.b_dec.copy_(b_dec)
@@ -126,6 +123,6 @@ class LinearCore(SAECore):
     @torch.no_grad()
     def rescale(self, factor: Tensor) -> None:
         """Multiply the codes of each latent by `factor` `[d_latent]` and divide its decoder row by it."""
-        self.W_enc.mul_(factor)
+        self.W_enc.mul_(factor[:, None])
         self.b_enc.mul_(factor)
         self.W_dec.div_(factor[:, None])

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from mmsae.codes import Codes
-from mmsae.cores.base import squared_error
 from mmsae.cores.batch_topk import BatchTopK
 from mmsae.errors import MmsaeError
-from mmsae.kernels import sparse_decode_groups
+from mmsae.kernels import nested_error, sparse_decode_groups
 from mmsae.spec import ActivationSpec
 
 
@@ -60,8 +59,8 @@ class Matryoshka(BatchTopK):
         codes = codes.sparse()
         assert codes.indices is not None
         groups = sparse_decode_groups(codes.values, codes.indices, self.W_dec, self.prefix_ends)
-        nested = groups.cumsum(1) + self.b_dec  # [rows, n_prefixes, d_out]
-        return {"reconstruction": squared_error(target[:, None], nested) / self.variance}, nested[:, -1]
+        error, reconstruction = nested_error(groups, self.b_dec, target)
+        return {"reconstruction": error / self.variance}, reconstruction
 
     def decode_prefix(self, codes: Codes, n_latents: int) -> Tensor:
         """Reconstruction from the first `n_latents` latents alone, `[..., d_out]`."""

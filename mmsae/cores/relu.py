@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from mmsae.codes import Codes
 from mmsae.cores.base import Losses
 from mmsae.cores.linear import LinearCore
 from mmsae.errors import checked
+from mmsae.kernels import linear_above
 from mmsae.spec import ActivationSpec, Batch
 
 
@@ -39,13 +41,20 @@ class ReLU(LinearCore):
         super().__init__(spec, d_latent, decoder_norm, init_norm=0.1 if decoder_norm == "free" else 1.0)
         self.l1_coefficient = checked("l1_coefficient", l1_coefficient, 0)
 
-    def select(self, pre: Tensor) -> Codes:
-        """Positive part, dense: nobody bounds how many fire."""
-        return Codes(pre.relu(), None, self.d_latent)
+    def encode(self, x: Tensor | dict[str, Tensor], batch: Batch | None = None) -> Codes:
+        """Positive part: a pair list when few fire, else dense, since nobody bounds how many do."""
+        x, table, bias, centre = self.encoder(x)
+        found = linear_above(x, table, bias, torch.zeros_like(bias), centre)
+        values, indices = found or (self.pre_activations(x), None)
+        return Codes(values.relu(), indices, self.d_latent)
 
     def losses(self, batch: Batch) -> Losses:
         """Squared error and L1."""
         losses = super().losses(batch)
-        price = losses.codes.values @ self.W_dec.norm(dim=-1)
+        codes, norms = losses.codes, self.W_dec.norm(dim=-1)
+        if codes.indices is None:
+            price = codes.values @ norms
+        else:
+            price = (codes.values * norms.index_select(0, codes.indices.flatten()).view_as(codes.values)).sum(-1)
         losses.terms["sparsity"] = self.l1_coefficient * price.mean()
         return losses

@@ -9,7 +9,7 @@ from mmsae.codes import Codes
 from mmsae.cores.base import Losses, geometric_median, squared_error, variance
 from mmsae.cores.linear import LinearCore
 from mmsae.errors import MmsaeError, checked
-from mmsae.kernels import sparse_decode, topk
+from mmsae.kernels import CROSSOVER, dense_linear, linear_topk, sparse_decode
 from mmsae.spec import TARGET, ActivationSpec, Batch
 
 
@@ -47,9 +47,10 @@ class TopK(LinearCore):
         self.dead_after = checked("dead_after", dead_after, 1)
         self.register_buffer("variance", torch.ones(()))
 
-    def select(self, pre: Tensor) -> Codes:
+    def encode(self, x: Tensor | dict[str, Tensor], batch: Batch | None = None) -> Codes:
         """The k largest of each row, their positive part."""
-        values, indices = topk(pre, self.k)
+        x, table, bias, centre = self.encoder(x)
+        values, indices = linear_topk(x, table, bias, self.k, centre)
         return Codes(values.relu(), indices, self.d_latent)
 
     @torch.no_grad()
@@ -61,12 +62,11 @@ class TopK(LinearCore):
 
     def losses(self, batch: Batch) -> Losses:
         """Fraction of variance unexplained, and AuxK once latents have died."""
-        pre = self.pre_activations(self.inputs(batch))
-        codes = self.select(pre)
-        target = self.target(batch)
+        x, target = self.inputs(batch), self.target(batch)
+        codes = self.encode(x)
         terms, reconstruction = self.reconstruct(target, codes)
         if self.aux_coefficient and self.training:
-            terms["aux"] = self.aux_coefficient * self.auxk(pre, target - reconstruction)
+            terms["aux"] = self.aux_coefficient * self.auxk(x, target - reconstruction.detach())
         return Losses(terms, codes, reconstruction)
 
     def reconstruct(self, target: Tensor, codes: Codes) -> tuple[dict[str, Tensor], Tensor]:
@@ -74,16 +74,32 @@ class TopK(LinearCore):
         reconstruction = self.decode(codes)
         return {"reconstruction": squared_error(target, reconstruction) / self.variance}, reconstruction
 
-    def auxk(self, pre: Tensor, residual: Tensor) -> Tensor:
-        """Share of the residual's variance that the best `k_aux` dead latents leave unexplained (0 if none is dead)."""
-        dead = (self.rows_since_fired >= self.dead_after).nonzero()[:, 0]
+    def auxk(self, x: Tensor, residual: Tensor) -> Tensor:
+        """Share of the residual's variance that the best `k_aux` dead latents leave unexplained (0 if none is dead).
+
+        Only dead latents are computed: as a dense matrix while they are few, as pairs when they are many.
+        """
+        dead = self.dead_latents()
         if len(dead) == 0:
-            return pre.new_zeros(())
-        residual = residual.detach()
+            return residual.new_zeros(())
         k_aux = min(self.k_aux or max(self.spec.d_out // 2, 1), len(dead))
-        values, places = topk(pre[:, dead], k_aux)
-        explained = sparse_decode(values.relu(), dead[places], self.W_dec)  # no b_dec: the residual has none
+        x, table, bias, centre = self.encoder(x)
+        table, bias, rows = table.index_select(0, dead), bias.index_select(0, dead), self.W_dec.index_select(0, dead)
+        # no b_dec in the explanation: the residual has none
+        if len(dead) < CROSSOVER * k_aux:
+            pre = dense_linear(x if centre is None else x - centre, table, bias)
+            if k_aux < len(dead):
+                best = pre.detach().topk(k_aux, dim=-1, sorted=False).indices
+                pre = pre * torch.zeros_like(pre).scatter_(-1, best, 1.0)
+            explained = dense_linear(pre.relu(), rows.t())
+        else:
+            values, indices = linear_topk(x, table, bias, k_aux, centre)
+            explained = sparse_decode(values.relu(), indices, rows)
         spread, floor = variance(residual), 1e-9 * residual.pow(2).sum(-1).mean()
         # rows that are all alike have nothing to explain; a NaN would come back through the gradient of the division
         share = squared_error(residual, explained) / torch.where(spread > floor, spread, 1.0)
         return torch.where(spread > floor, share, 0.0)
+
+    def dead_latents(self) -> Tensor:
+        """Latents that have not fired for `dead_after` rows, int64 `[n]`."""
+        return (self.rows_since_fired >= self.dead_after).nonzero()[:, 0]

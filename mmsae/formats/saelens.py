@@ -50,6 +50,7 @@ def export(core: SAECore, folder: str | Path, metadata: dict[str, Any] | None = 
     architecture, extra = _architecture(core)
     assert isinstance(core, LinearCore)
     tensors = {name: getattr(core, name).detach().cpu().double() for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+    tensors["W_enc"] = tensors["W_enc"].t()  # theirs is [d_in, d_latent]
     if isinstance(core, JumpReLU):
         tensors["threshold"] = core.theta.detach().cpu().double()
     if isinstance(core, BatchTopK):
@@ -177,6 +178,7 @@ def load(folder: str | Path) -> SAECore:
     if centred != core.subtracts_b_dec:
         shift = tensors["b_dec"] @ tensors["W_enc"]
         tensors["b_enc"] = tensors["b_enc"] + (shift if core.subtracts_b_dec else -shift)
+    tensors["W_enc"] = tensors["W_enc"].t()
     with torch.no_grad():
         for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
             getattr(core, name).copy_(tensors[name])

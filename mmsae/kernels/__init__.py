@@ -1,6 +1,19 @@
-"""The sparse operations that cores are made of; every body has the same signature and is exact."""
+"""The sparse operations that cores are made of; every body has the same signature, and gradients are exact."""
 
-from mmsae.kernels.decode import sparse_decode, sparse_decode_groups
-from mmsae.kernels.selection import batch_topk, topk
+from mmsae.kernels.dense import dense_linear, nested_error
+from mmsae.kernels.precision import CROSSOVER, LOW, fast_dtype
+from mmsae.kernels.products import sparse_decode, sparse_decode_groups
+from mmsae.kernels.selection import linear_above, linear_batch_topk, linear_topk
 
-__all__ = ["batch_topk", "sparse_decode", "sparse_decode_groups", "topk"]
+__all__ = [
+    "CROSSOVER",
+    "LOW",
+    "dense_linear",
+    "fast_dtype",
+    "linear_above",
+    "linear_batch_topk",
+    "linear_topk",
+    "nested_error",
+    "sparse_decode",
+    "sparse_decode_groups",
+]

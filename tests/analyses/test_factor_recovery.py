@@ -42,7 +42,7 @@ def data():
 def truth():
     core = ReLU({"0": 16}, 16)
     with torch.no_grad():
-        core.W_enc.copy_(Q.T)
+        core.W_enc.copy_(Q)
         core.W_dec.copy_(Q)
         core.b_enc.fill_(-0.3)
     return core.eval()
@@ -67,21 +67,21 @@ def test_latents_that_are_the_factors_win_over_neurons(data):
 
 def test_the_strongest_activation_of_a_sample_counts_however_batches_cut_it(data):
     core = truth()
-    whole = pooled(core, data.rows("test"), "")
+    whole = pooled({"ours": core}, data.rows("test"), "")
     rows = [{k: v for k, v in b.items() if k != "acts"} | b["acts"] for b in data.rows("test")]
     joined = {k: torch.cat([r[k] for r in rows]) for k in rows[0]}
     cut = [
         {"acts": {"0": joined["0"][i : i + 7]}, **{k: v[i : i + 7] for k, v in joined.items() if k != "0"}}
         for i in range(0, 4 * N, 7)
     ]
-    again = pooled(core, cut, "")
-    assert np.allclose(whole[0], again[0], atol=1e-5)
+    again = pooled({"ours": core}, cut, "")
+    assert np.allclose(whole[0]["ours"], again[0]["ours"], atol=1e-5)
     for name in FACTORS:
         assert np.array_equal(whole[1][name], again[1][name])
         assert whole[1][name].tolist() == [i["labels"][name] for i in data.items("test")]
     with torch.no_grad():
         dense = core.encode(joined["0"]).dense().view(N, 4, 16).amax(1)
-    assert np.allclose(whole[0], dense.numpy(), atol=1e-5)
+    assert np.allclose(whole[0]["ours"], dense.numpy(), atol=1e-5)
 
 
 def test_no_labels_no_numbers():

@@ -5,7 +5,7 @@ from torch.testing import assert_close
 
 from mmsae.cores import JumpReLU, ReLU, TopK
 from mmsae.cores.batch_topk import BatchTopK
-from mmsae.cores.jump_relu import _Jump, _Step
+from mmsae.cores.jump_relu import _Jump
 
 
 def smoothed_step(pre, theta, width):
@@ -33,7 +33,7 @@ def test_step_gradient_is_that_of_the_kernel_smoothed_loss():
     pre, theta = rows()
     width = torch.full_like(theta, 0.2)
     theta.requires_grad_()
-    (_Step.apply(pre, theta, width).sum(-1).mean()).backward()
+    _Jump.apply(pre, theta, width)[1].mean().backward()
     want = finite_difference(lambda t: smoothed_step(pre, t, width).sum(-1).mean(), theta.detach())
     # a difference of 2e-5 moves a few of 4000 rows over an edge of the window
     assert_close(theta.grad, want, rtol=5e-3, atol=1e-6)
@@ -44,7 +44,7 @@ def test_jump_gradient_is_that_of_the_kernel_smoothed_code():
     width = torch.full_like(theta, 0.2)
     weight = torch.randn(5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     theta.requires_grad_()
-    ((_Jump.apply(pre, theta, width) @ weight).mean()).backward()
+    (_Jump.apply(pre, theta, width)[0] @ weight).mean().backward()
     # in the window the code is theta at the jump: d/dtheta of theta_0 * smoothed step
     fixed = theta.detach().clone()
     want = finite_difference(lambda t: ((fixed * smoothed_step(pre, t, width)) @ weight).mean(), fixed)
@@ -55,7 +55,7 @@ def test_pre_activations_just_below_the_threshold_take_part():
     pre = torch.tensor([[0.45]], dtype=torch.float64)
     theta = torch.tensor([0.5], dtype=torch.float64, requires_grad=True)
     width = torch.tensor([0.2], dtype=torch.float64)
-    _Step.apply(pre, theta, width).sum().backward()
+    _Jump.apply(pre, theta, width)[1].sum().backward()
     assert_close(theta.grad, torch.tensor([-5.0], dtype=torch.float64))
     core = JumpReLU(1, 1, target_l0=1, threshold=0.5, bandwidth=0.2)
     with torch.no_grad():
@@ -68,17 +68,41 @@ def test_pre_activations_just_below_the_threshold_take_part():
 def test_code_passes_its_gradient_above_the_threshold_only():
     pre = torch.tensor([[0.45, 0.55, -1.0]], requires_grad=True)
     theta, width = torch.full((3,), 0.5), torch.full((3,), 0.2)
-    _Jump.apply(pre, theta, width).sum().backward()
+    _Jump.apply(pre, theta, width)[0].sum().backward()
     assert pre.grad.tolist() == [[0, 1, 0]]
 
 
-def test_leading_dimensions_give_the_same_gradient():
-    pre, theta = rows(24)
-    width = torch.full_like(theta, 0.5)
-    flat_theta, deep_theta = theta.clone().requires_grad_(), theta.clone().requires_grad_()
-    _Jump.apply(pre, flat_theta, width).sum().backward()
-    _Jump.apply(pre.view(2, 12, 5), deep_theta, width).sum().backward()
-    assert_close(deep_theta.grad, flat_theta.grad)
+def test_pairs_and_the_dense_matrix_give_the_same_losses_and_gradients():
+    """Few fire: pairs. Many fire: dense. With float64 parameters both are exact."""
+    torch.manual_seed(0)
+    x = torch.randn(300, 12, dtype=torch.float64)
+    found = []
+    for n_more in (0, 12):  # latents that always fire decide for the dense matrix, and contribute nothing
+        core = JumpReLU(12, 300, target_l0=8, threshold=2.5, bandwidth=0.5).double().train()
+        core.load_state_dict({**core.state_dict(), **(found[0][2] if found else {})})
+        if not found:
+            core.start(batch_of(x))
+        state = {name: tensor.clone() for name, tensor in core.state_dict().items()}
+        with torch.no_grad():
+            core.theta[:20] = -100.0 if n_more else 100.0
+            core.W_dec[:20] = 0
+        codes = core.encode(x)
+        assert codes.is_dense == bool(n_more)
+        losses = core.losses(batch_of(x))
+        losses.terms["reconstruction"].backward()
+        grads = {name: p.grad[20:] for name, p in core.named_parameters() if name != "b_dec"}
+        found.append((losses.terms["reconstruction"], grads, state))
+    assert_close(found[0][0], found[1][0])
+    assert found[0][1]["theta"].abs().max() > 0
+    assert_close(found[0][1], found[1][1])
+
+
+@pytest.mark.parametrize("shape", [(24,), (2, 12)], ids=str)
+def test_leading_dimensions_change_nothing(shape):
+    core = JumpReLU(5, 7, target_l0=2, threshold=0.2)
+    x = torch.randn(24, 5)
+    assert_close(core(x.view(*shape, 5)), core(x).view(*shape, 5))
+    assert_close(core.encode(x.view(*shape, 5)).dense(), core.encode(x).dense().view(*shape, 7))
 
 
 def test_thresholds_stay_at_or_above_zero():
@@ -97,7 +121,7 @@ def test_start_puts_threshold_and_window_into_units_of_the_pre_activations():
     x = 100 * torch.randn(500, 10)
     core = JumpReLU(10, 24, threshold=0.1, target_l0=4)
     core.start(batch_of(x))
-    rms = (x @ core.W_enc + core.b_enc).pow(2).mean().sqrt()
+    rms = (x @ core.W_enc.T + core.b_enc).pow(2).mean().sqrt()
     assert_close(core.theta.data, (0.1 * rms).expand(24))
     assert_close(core.unit, rms.detach().expand(24))
 
@@ -107,7 +131,7 @@ def test_sparsity_losses_equal_their_formulas():
     for kind in ("step", "tanh", "target_l0"):
         core = JumpReLU(10, 24, sparsity_coefficient=2.0, sparsity_loss=kind, target_l0=4, threshold=0.3, dead_after=5)
         core.rows_since_fired[:8] = 5
-        pre = x @ core.W_enc + core.b_enc
+        pre = x @ core.W_enc.T + core.b_enc
         l0 = (pre > core.theta).float().sum(-1).mean()
         codes = pre * (pre > core.theta)
         want = {

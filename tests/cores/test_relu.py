@@ -15,7 +15,7 @@ def test_loss_is_squared_error_and_l1_weighted_by_the_decoder_norm():
     error, price = 0.0, 0.0
     core.requires_grad_(False)
     for x in X:
-        z = torch.relu(x @ core.W_enc + core.b_enc)  # b_dec is not subtracted
+        z = torch.relu(x @ core.W_enc.T + core.b_enc)  # b_dec is not subtracted
         error += float((x - z @ core.W_dec - core.b_dec).pow(2).sum()) / len(X)
         price += 3.0 * sum(float(z[i] * core.W_dec[i].norm()) for i in range(24)) / len(X)
     terms = core.losses(batch_of(X)).terms
@@ -29,7 +29,7 @@ def test_the_price_cannot_be_avoided_by_growing_decoder_rows():
     with torch.no_grad():
         factor = torch.rand(24) + 0.5
         core.W_dec *= factor[:, None]
-        core.W_enc /= factor
+        core.W_enc /= factor[:, None]
         core.b_enc /= factor
     after = core.losses(batch_of(X)).terms
     assert_close(after["sparsity"], before["sparsity"])

@@ -105,13 +105,13 @@ class ActivationDataModule(L.LightningDataModule):
         store = self.stored("train")
         return store.manifest.factors if store is not None else {f: list(values) for f, values in self.factors.items()}
 
-    def origin(self) -> dict[str, Any]:
-        """Model, hook points and data set, for the artifact."""
-        store = self.stored("train")
+    def origin(self, split: Split = "train") -> dict[str, Any]:
+        """Model, hook points and data set, for the artifact and for stores of codes."""
+        store = self.stored(split)
         if store is not None:
             return {"source": store.manifest.source, "data": store.manifest.data}
         assert self.source is not None
-        return {"source": self.source.identity, "data": self.identity("train")}
+        return {"source": self.source.identity, "data": self.identity(split)}
 
     def identity(self, split: Split) -> dict[str, Any]:
         """Class, own arguments, split and size of the data set."""
@@ -135,9 +135,9 @@ class ActivationDataModule(L.LightningDataModule):
             return render_image(item)
         return {"kind": "text", "tokens": str(item.get("text", "")).split()}
 
-    def rows(self, split: Split) -> Rows:
-        """Activation rows of a split in order, with all metadata."""
-        return Rows(self, split)
+    def rows(self, split: Split, rank: int = 0, world_size: int = 1, skip: int = 0) -> Rows:
+        """Activation rows of a split in order, with all metadata; of one rank, without its first `skip` batches."""
+        return Rows(self, split, rank, world_size, skip)
 
     # ---- loaders
 
@@ -216,24 +216,26 @@ class Rows:
         split: Which split.
         rank: Which share.
         world_size: Number of shares.
+        skip: Batches of this share to leave out.
     """
 
-    def __init__(self, data: ActivationDataModule, split: Split, rank: int = 0, world_size: int = 1) -> None:
-        self.data, self.split, self.rank, self.world_size = data, split, rank, world_size
+    def __init__(
+        self, data: ActivationDataModule, split: Split, rank: int = 0, world_size: int = 1, skip: int = 0
+    ) -> None:
+        self.data = data
         self.store = data.stored(split)
-        self.loader = None if self.store is not None else data.item_batches(split, 0, rank, world_size)
+        self.loader = None if self.store is not None else data.item_batches(split, skip, rank, world_size)
+        self.first, self.step = rank + skip * world_size, world_size
 
     def __len__(self) -> int:
         if self.store is None:
             return len(self.loader)  # type: ignore[arg-type]
-        n_batches = sum(-(-shard.n_rows // self.data.batch_size) for shard in self.store.shards)
-        return len(range(self.rank, n_batches, self.world_size))
+        return len(self.store.cuts(self.data.batch_size)[self.first :: self.step])
 
     def __iter__(self) -> Iterator[Batch]:
         if self.store is not None:
-            for number, batch in enumerate(self.store.in_order(self.data.batch_size)):
-                if number % self.world_size == self.rank:
-                    yield batch
+            for piece in self.store.cuts(self.data.batch_size)[self.first :: self.step]:
+                yield self.store.read([piece])
             return
         assert self.loader is not None
         assert self.data.source is not None

@@ -1,8 +1,9 @@
-"""The codes of a data set, kept sparse, with the metadata of every row."""
+"""The codes of a data set latent by latent, with the metadata of every row: what analyses read."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import ChainMap
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import Any
 
@@ -14,34 +15,55 @@ from tqdm.auto import tqdm
 from mmsae.cores.base import SAECore
 from mmsae.errors import MmsaeError
 from mmsae.spec import ACTS, Batch, rows_of
+from mmsae.store import CodeStore
+
+PAIRS_AT_ONCE = 1 << 24
+"""Pairs looked at in one step, to bound the memory when they lie on disk."""
 
 
 class LatentStore:
-    """Codes of activation rows as a sparse matrix, and the columns that say where each row comes from.
+    """Codes of activation rows, latent by latent, and the columns that say where each row comes from.
+
+    The arrays may lie in memory (`build`) or in memory maps (`open`); nothing here loads them whole.
 
     Args:
-        codes: CSR `[n_rows, d_latent]`, float32.
-        columns: Metadata name to an array with one entry per row; `sample_id` is among them.
+        offsets: Where the pairs of each latent begin, int64 `[d_latent + 1]`.
+        rows: Row of each pair, ascending within a latent, `[pairs]`.
+        values: Code of each pair, never 0, `[pairs]`.
+        columns: Metadata name to an array with one entry per row.
+        n_rows: Activation rows.
         signed: Whether codes may be negative.
+        split: The split that these rows are, whole; empty if they may be a part of one.
     """
 
-    def __init__(self, codes: sparse.csr_matrix, columns: dict[str, np.ndarray], signed: bool = False) -> None:
-        self.codes, self.columns, self.signed = codes, columns, signed
+    def __init__(
+        self,
+        offsets: np.ndarray,
+        rows: np.ndarray,
+        values: np.ndarray,
+        columns: Mapping[str, np.ndarray],
+        n_rows: int,
+        signed: bool = False,
+        split: str = "",
+    ) -> None:
+        self.offsets, self.rows, self.values = offsets, rows, values
+        self.n_rows, self.signed, self.split = n_rows, signed, split
+        self.columns = columns if "sample_id" in columns else ChainMap({"sample_id": np.arange(n_rows)}, dict(columns))
 
     @classmethod
-    def build(cls, core: SAECore, batches: Iterable[Batch], max_rows: int = 2_000_000, label: str = "") -> LatentStore:
-        """Encode batches of raw activations.
+    def build(cls, core: SAECore, batches: Iterable[Batch], max_rows: int = 2_000_000, split: str = "") -> LatentStore:
+        """Encode batches of raw activations, and keep the codes in memory.
 
         Args:
             core: A folded dictionary in `eval` mode.
             batches: With `sample_id` and any other columns.
             max_rows: Stop after so many rows, to bound the memory.
-            label: Shown in the progress bar.
+            split: Whose rows these are.
         """
         parts: list[sparse.csr_matrix] = []
         columns: dict[str, list[np.ndarray]] = {}
         n_rows = 0
-        for batch in tqdm(batches, desc=label or "encoding", leave=False, disable=None):
+        for batch in tqdm(batches, desc=f"encoding {split}".strip(), leave=False, disable=None):
             with torch.no_grad():
                 codes = core.encode(batch[ACTS][core.spec.input].float(), batch)
             parts.append(to_csr(codes))
@@ -50,37 +72,55 @@ class LatentStore:
                     columns.setdefault(name, []).append(column.cpu().numpy())
             n_rows += rows_of(batch)
             if n_rows >= max_rows:
+                split = ""
                 break
         if not parts:
             raise MmsaeError("there are no activations to encode: are the data, or the positions, empty?")
         joined = {name: np.concatenate(values) for name, values in columns.items()}
-        joined.setdefault("sample_id", np.arange(n_rows))
-        return cls(sparse.vstack(parts, format="csr"), joined, core.signed)
+        found = sparse.vstack(parts, format="csr").tocsc()
+        return cls(found.indptr, found.indices, found.data, joined, n_rows, core.signed, split)
 
-    @property
-    def n_rows(self) -> int:
-        """Activation rows."""
-        return self.codes.shape[0]
+    @classmethod
+    def open(cls, codes: CodeStore, split: str = "") -> LatentStore:
+        """The codes of `mmsae encode`, left on disk; the first time they are sorted by latent there."""
+        return cls(*codes.by_latent, codes.columns, len(codes), codes.manifest.signed, split)
 
     @property
     def d_latent(self) -> int:
         """Latents."""
-        return self.codes.shape[1]
+        return len(self.offsets) - 1
 
-    @cached_property
-    def by_latent(self) -> sparse.csc_matrix:
-        """The same codes, latent by latent."""
-        return self.codes.tocsc()
+    @property
+    def codes(self) -> sparse.csc_matrix:
+        """The codes as a SciPy matrix `[n_rows, d_latent]`, float32; makes a copy in memory if they lie on disk."""
+        arrays = self.values.astype(np.float32, copy=False), self.rows, self.offsets
+        return sparse.csc_matrix(arrays, shape=(self.n_rows, self.d_latent))
 
-    @cached_property
+    @property
     def firings(self) -> np.ndarray:
         """Rows in which each latent is active, int64 `[d_latent]`."""
-        return np.diff(self.by_latent.indptr)
+        return np.diff(self.offsets).astype(np.int64)
 
     @property
     def density(self) -> np.ndarray:
         """Share of rows in which each latent is active, `[d_latent]`."""
         return self.firings / self.n_rows
+
+    @property
+    def l0(self) -> float:
+        """Active latents per row."""
+        return len(self.values) / self.n_rows
+
+    @cached_property
+    def strongest(self) -> np.ndarray:
+        """Largest magnitude of each latent, float32 `[d_latent]`; 0 where it never fires."""
+        found = np.zeros(self.d_latent, dtype=np.float32)
+        for first, last in self._runs(0, self.d_latent):
+            live = first + np.flatnonzero(np.diff(self.offsets[first : last + 1]))
+            if len(live):
+                values = np.abs(self.values[self.offsets[first] : self.offsets[last]])
+                found[live] = np.maximum.reduceat(values, self.offsets[live] - self.offsets[first])
+        return found
 
     @cached_property
     def samples(self) -> tuple[np.ndarray, np.ndarray]:
@@ -96,28 +136,46 @@ class LatentStore:
         return np.split(order, np.searchsorted(place[order], np.arange(1, len(ids))))
 
     def of_latent(self, latent: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows in which a latent is active, and its values there."""
-        begin, end = self.by_latent.indptr[latent : latent + 2]
-        return self.by_latent.indices[begin:end], self.by_latent.data[begin:end]
+        """Rows in which a latent is active, ascending, and its values there, float32."""
+        pairs = slice(int(self.offsets[latent]), int(self.offsets[latent + 1]))
+        return self.rows[pairs], self.values[pairs].astype(np.float32, copy=False)
 
-    def pool(self) -> np.ndarray:
-        """Strongest code of each latent in each sample, float32 `[n_samples, d_latent]`; signs are kept."""
+    def at(self, latent: int, rows: np.ndarray) -> np.ndarray:
+        """Codes of one latent in some rows, float32 `[rows]`; 0 where it is silent."""
+        active, values = self.of_latent(latent)
+        place = np.searchsorted(active, rows)
+        found = np.zeros(len(rows), dtype=np.float32)
+        inside = place < len(active)
+        inside[inside] = active[place[inside]] == rows[inside]
+        found[inside] = values[place[inside]]
+        return found
+
+    def pool(self, first: int = 0, last: int | None = None) -> np.ndarray:
+        """Strongest code of some latents in each sample, float32 `[n_samples, last - first]`; signs are kept."""
         ids, place = self.samples
-        pooled = np.zeros((len(ids), self.d_latent), dtype=np.float32)
-        entries = self.codes.tocoo()
-        cell = place[entries.row].astype(np.int64) * self.d_latent + entries.col
-        order = np.argsort(np.abs(entries.data), kind="stable")  # the strongest is written last
-        pooled.reshape(-1)[cell[order]] = entries.data[order]
+        last = self.d_latent if last is None else last
+        pooled = np.zeros((len(ids), last - first), dtype=np.float32)
+        for begin, end in self._runs(first, last):
+            pairs = slice(int(self.offsets[begin]), int(self.offsets[end]))
+            values = self.values[pairs].astype(np.float32, copy=False)
+            latent = np.repeat(np.arange(begin - first, end - first), np.diff(self.offsets[begin : end + 1]))
+            order = np.argsort(np.abs(values), kind="stable")  # the strongest is written last
+            pooled[place[self.rows[pairs]][order], latent[order]] = values[order]
         return pooled
+
+    def _runs(self, first: int, last: int) -> Iterable[tuple[int, int]]:
+        """Neighbouring latents with about `PAIRS_AT_ONCE` pairs together, or one latent."""
+        while first < last:
+            end = int(np.searchsorted(self.offsets, self.offsets[first] + PAIRS_AT_ONCE, side="right")) - 1
+            end = min(max(end, first + 1), last)
+            yield first, end
+            first = end
 
     def labels(self) -> dict[str, np.ndarray]:
         """Factor to the index of its value for each of `samples` (of the sample's first row)."""
-        first = np.array([rows[0] for rows in self.rows_of_sample])
-        return {
-            name.removeprefix("label."): column[first]
-            for name, column in self.columns.items()
-            if name.startswith("label.")
-        }
+        first = np.unique(self.samples[1], return_index=True)[1]
+        names = [name for name in self.columns if name.startswith("label.")]
+        return {name.removeprefix("label."): self.columns[name][first] for name in names}
 
     def top_samples(self, latent: int, n: int) -> list[tuple[int, int, float]]:
         """The samples with the strongest activations: place among `samples`, row, value; strongest first."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mmsae.errors import MmsaeError
+from mmsae.files import write_atomic
 
 
 @dataclass
@@ -67,11 +67,8 @@ class Result:
 
     def save(self, folder: Path) -> Path:
         """Write `<folder>/<name>.json`, whole or not at all."""
-        folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{self.name}.json"
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(asdict(self)))
-        os.replace(part, path)
+        write_atomic(path, json.dumps(asdict(self)).encode())
         return path
 
     @classmethod

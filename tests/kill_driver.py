@@ -18,6 +18,7 @@ import torch
 
 torch.set_num_threads(1)
 
+import mmsae.cli.encode  # noqa: E402
 import mmsae.cli.extract  # noqa: E402
 import mmsae.cli.fit  # noqa: E402, F401
 from mmsae.cli.main import main  # noqa: E402
@@ -98,6 +99,14 @@ def fit_command(folder: Path, store: Path, config: Path) -> list[str]:
     ]  # fmt: skip
 
 
+def encode_command(out: Path, run: Path) -> list[str]:
+    """Some hundred batches, shards of less than three of them."""
+    return [
+        "encode", f"--run={run}", f"--out={out}", "--rows_per_shard=150", "--n_top=4", "--split=all", "--threads=1",
+        "--accelerator=cpu",
+    ]  # fmt: skip
+
+
 def newest(folder: Path) -> Path | None:
     """The newest run that has a configuration (a kill while Lightning writes it leaves an empty file)."""
     runs = [p for p in folder.glob("version_*") if (p / "config.yaml").is_file() and (p / "config.yaml").stat().st_size]
@@ -126,6 +135,13 @@ if __name__ == "__main__":
     what, home, seed, kills = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
     if what == "extract":
         hit = until_done(extract_command, home, seed, kills, home / "log.txt")
+    elif what == "encode":
+        fitted = home / "run"
+        begun = fit_command(fitted, home / "store", home / "callbacks.yaml")
+        assert finish(child(begun, home / "log.txt"), None) == "done"
+        run = newest(fitted)
+        assert run is not None
+        hit = until_done(lambda out: encode_command(out, run), home, seed, kills, home / "log.txt")
     else:
 
         def command(runs: Path) -> list[str]:

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted([*(ROOT / "mmsae").rglob("*.py"), *(ROOT / "datamodules").rglob("*.py")])
 
 # room: rooms it may import beside itself. `subclasses`, `layout` and `containers` are small shared modules on top.
-TOP = {"errors", "spec", "codes", "kernels", "subclasses", "layout", "containers", "results"}
+TOP = {"errors", "files", "spec", "codes", "kernels", "subclasses", "layout", "containers", "results"}
 CORES, HOOKS = TOP | {"cores"}, TOP | {"hooks"}
 MODELS, NUMBERS = {"sources", "miniatures", "encoders", "store"}, {"latents", "metrics"}
 MAY = {
@@ -25,12 +25,12 @@ MAY = {
     "store": TOP,
     "artifact": CORES,
     "formats": CORES | {"artifact"},
-    "latents": CORES,
+    "latents": CORES | {"store"},
     "metrics": CORES,
     "training": CORES | {"artifact", "store", "metrics"},
     "datamodules": TOP | {"sources", "store", "miniatures"},
     **dict.fromkeys(("steering", "analyses", "explain"), CORES | HOOKS | MODELS | {"artifact", "formats"} | NUMBERS),
-    "report": {"errors", "results"},
+    "report": {"errors", "files", "results"},
     "cli": {"*"},
 }
 INSIDE = {"sources": {"miniatures"}}  # and inside functions: the CLIP that ships is built like any other weights

@@ -46,6 +46,19 @@ def test_a_killed_extraction_ends_with_the_same_bytes(tmp_path):
     assert {f"{s}/manifest.json" for s in ("train", "val", "test")} <= set(calm)
 
 
+def test_a_killed_encoding_ends_with_the_same_bytes(tmp_path):
+    write_store(tmp_path / "store", planted(8000), rows_per_shard=8000)
+    (tmp_path / "callbacks.yaml").write_text(CALLBACKS)
+    hits, _ = drive("encode", tmp_path, seed=2, kills=12, sleep=0)
+    assert hits >= 12
+    calm = bytes_of(tmp_path / "calm")
+    for folder in tmp_path.glob("wild*"):
+        assert bytes_of(folder) == calm
+    assert {f"{s}/{name}" for s in ("train", "val", "test") for name in ("manifest.json", "top_4.safetensors")} <= set(
+        calm
+    )
+
+
 def test_a_killed_training_ends_with_the_same_dictionary(tmp_path):
     write_store(tmp_path / "store", planted(1000))
     (tmp_path / "callbacks.yaml").write_text(CALLBACKS)

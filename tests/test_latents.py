@@ -7,6 +7,7 @@ from mmsae.cores import PCA, Neurons, TopK
 from mmsae.errors import MmsaeError
 from mmsae.latents import LatentStore, to_csr
 from mmsae.spec import ACTS
+from mmsae.store import CodeStore, CodeWriter
 
 RNG = np.random.default_rng(0)
 X = torch.from_numpy(RNG.normal(size=(57, 6)).astype(np.float32))
@@ -58,6 +59,36 @@ def test_everything_equals_the_dense_matrix(signed):
         for sample, row, value in top:
             assert SAMPLE[row] == ids[sample]
             assert value == dense[row, latent] == pooled[sample, latent]
+
+
+@pytest.mark.parametrize("signed", [False, True])
+def test_codes_on_disk_answer_like_those_in_memory(signed, tmp_path, monkeypatch):
+    one = core(signed)
+    writer = CodeWriter(tmp_path / "s", {}, one.d_latent, rows_per_shard=20)
+    writer.resume()
+    for batch in batches():
+        writer.add(one.encode(batch[ACTS]["x"]), {k: v for k, v in batch.items() if k != ACTS})
+    writer.close()
+    writer.finish({"core": "x"}, one.spec, signed, {}, {}, {})
+    disk, memory = LatentStore.open(CodeStore(tmp_path / "s"), "test"), LatentStore.build(one, batches(), split="test")
+    monkeypatch.setattr("mmsae.latents.PAIRS_AT_ONCE", 30)
+    assert (disk.n_rows, disk.signed, disk.split, disk.l0) == (memory.n_rows, signed, "test", memory.l0)
+    assert (disk.codes != memory.codes).nnz == 0
+    for name in ("firings", "density", "strongest"):
+        assert np.array_equal(getattr(disk, name), getattr(memory, name))
+    assert np.array_equal(disk.pool(), memory.pool())
+    assert np.array_equal(disk.pool(2, 5), memory.pool()[:, 2:5])
+    assert np.array_equal(disk.labels()["kind"], memory.labels()["kind"])
+    assert disk.top_samples(3, 4) == memory.top_samples(3, 4)
+
+
+def test_codes_of_a_latent_in_chosen_rows():
+    store = LatentStore.build(core(), batches())
+    dense, rows = store.codes.toarray(), np.array([56, 0, 13, 13, 40])
+    for latent in range(store.d_latent):
+        assert np.array_equal(store.at(latent, rows), dense[rows, latent])
+        assert store.strongest[latent] == np.abs(dense[:, latent]).max()
+    assert store.split == LatentStore.build(core(), batches(), max_rows=15, split="test").split == ""
 
 
 def test_the_size_of_batches_does_not_matter():

@@ -56,21 +56,24 @@ class FactorRecovery(Analysis):
             "PCA": fitted_pca(core, data, self.pca_rows),
             "random": RandomDictionary(core.spec, core.d_latent, seed=self.seed).eval(),
         }
-        found: dict[str, Recovery] = {}
-        for name, dictionary in dictionaries.items():
-            chosen_on, _ = self._features(dictionary, data, self.choose_on, names)
-            scored_on, values = self._features(dictionary, data, self.score_on, names)
-            found[name] = recover(chosen_on, scored_on)
-        labels = scored_on[1]
-        return self._result(found, values, labels)
+        chosen_on, chosen_labels = self._features(dictionaries, latents, data, self.choose_on)
+        scored_on, scored_labels = self._features(dictionaries, latents, data, self.score_on)
+        values = [(factor, value) for factor in names if factor in scored_labels for value in names[factor]]
+
+        def told(found: dict[str, np.ndarray]) -> np.ndarray:
+            return np.stack([found[factor] == names[factor].index(value) for factor, value in values], axis=1)
+
+        y, y_test = told(chosen_labels), told(scored_labels)
+        found = {name: recover((chosen_on.pop(name), y), (scored_on.pop(name), y_test)) for name in dictionaries}
+        return self._result(found, values, y_test)
 
     def _features(
-        self, core: SAECore, data: Any, split: str, names: dict[str, list[str]]
-    ) -> tuple[tuple[np.ndarray, np.ndarray], list[tuple[str, str]]]:
-        features, found = pooled(core, data.rows(split), f"{type(core).__name__} on {split}")
-        values = [(factor, value) for factor in names if factor in found for value in names[factor]]
-        columns = [found[factor] == names[factor].index(value) for factor, value in values]
-        return (features, np.stack(columns, axis=1)), values
+        self, dictionaries: dict[str, SAECore], latents: LatentStore, data: Any, split: str
+    ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        known = {"dictionary": latents.pool()} if latents.split == split and not latents.signed else {}
+        asked = {name: core for name, core in dictionaries.items() if name not in known}
+        found, labels = pooled(asked, data.rows(split), f"baselines on {split}")
+        return found | known, labels
 
     def _result(self, found: dict[str, Recovery], values: list[tuple[str, str]], labels: np.ndarray) -> Result:
         rows: list[list[Any]] = []
@@ -124,21 +127,21 @@ class FactorRecovery(Analysis):
 
 
 @torch.no_grad()
-def pooled(core: SAECore, batches: Any, label: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def pooled(cores: dict[str, SAECore], batches: Any, label: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Strongest code of each latent in each sample, both signs of signed codes apart, and the labels of the samples.
 
     Returns:
-        Features `[n_samples, d_latent or twice that]`, and factor to value index `[n_samples]`.
+        Features of each core `[n_samples, d_latent or twice that]`, and factor to value index `[n_samples]`.
     """
     ids: list[Tensor] = []
-    parts: list[Tensor] = []
+    parts: dict[str, list[Tensor]] = {name: [] for name in cores}
     labels: dict[str, list[Tensor]] = {}
     for batch in tqdm(batches, desc=label, leave=False, disable=None):
-        z = core.encode(core.inputs(batch).float(), batch).dense()
-        z = torch.cat([z, -z], dim=1) if core.signed else z
         own, place = batch["sample_id"].cpu().unique(return_inverse=True)
-        strongest = z.new_zeros(len(own), z.shape[1])
-        parts.append(strongest.scatter_reduce(0, place[:, None].expand_as(z), z, "amax"))
+        for name, core in cores.items():
+            z = core.encode(core.inputs(batch).float(), batch).dense()
+            z = torch.cat([z, -z], dim=1) if core.signed else z
+            parts[name].append(strongest(z, place, len(own)))
         ids.append(own)
         first = torch.zeros(len(own), dtype=torch.int64).scatter_reduce(
             0, place, torch.arange(len(place)), "amin", include_self=False
@@ -148,9 +151,13 @@ def pooled(core: SAECore, batches: Any, label: str) -> tuple[np.ndarray, dict[st
                 labels.setdefault(name.removeprefix("label."), []).append(column.cpu()[first])
     # a sample may be cut by the end of a batch
     own, place = torch.cat(ids).unique(return_inverse=True)
-    stacked = torch.cat(parts)
-    features = stacked.new_zeros(len(own), stacked.shape[1])
-    features = features.scatter_reduce(0, place[:, None].expand_as(stacked), stacked, "amax")
+    features = {name: strongest(torch.cat(parts.pop(name)), place, len(own)).numpy() for name in cores}
     none = torch.zeros(len(own), dtype=torch.int64)
     found = {name: none.scatter(0, place, torch.cat(values)) for name, values in labels.items()}
-    return features.numpy(), {name: values.numpy() for name, values in found.items()}
+    return features, {name: values.numpy() for name, values in found.items()}
+
+
+def strongest(z: Tensor, place: Tensor, n_samples: int) -> Tensor:
+    """Largest code of each latent, at least 0, over the rows of each sample, `[n_samples, d_latent]`."""
+    empty = z.new_zeros(n_samples, z.shape[1])
+    return empty.scatter_reduce(0, place[:, None].expand_as(z), z, "amax")

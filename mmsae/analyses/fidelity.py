@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -27,14 +29,14 @@ class Fidelity(Analysis):
         self.split, self.pca_rows = split, pca_rows
 
     def run(self, core: SAECore, latents: LatentStore, data: Any) -> Result:
-        """Two passes over the split."""
-        numbers, density = measure(core, data.rows(self.split))
-        rivals = {"PCA, same L0": fitted_pca(core, data, self.pca_rows, k=max(round(numbers["l0"]), 1))}
-        rows: list[list[Any]] = [["dictionary", *_row(numbers)]]
-        for name, rival in rivals.items():
-            found, _ = measure(rival, data.rows(self.split))
-            rows.append([name, *_row(found)])
-            numbers[f"{name}/fvu"] = found["fvu"]
+        """One pass over the split."""
+        rival = "PCA, same L0"
+        pca = fitted_pca(core, data, self.pca_rows, k=max(round(latents.l0), 1))
+        measured = measure({"dictionary": core, rival: pca}, data.rows(self.split))
+        rows: list[list[Any]] = [[name, *_row(metric.numbers())] for name, metric in measured.items()]
+        ours = measured["dictionary"]
+        numbers, density, n_rows = ours.numbers(), ours.density().numpy(), int(ours.n)
+        numbers[f"{rival}/fvu"] = measured[rival].numbers()["fvu"]
         live = density[density > 0]
         edges = np.linspace(-6, 0, 37)
         counts = np.histogram(np.log10(live), bins=edges)[0] if len(live) else np.zeros(36, int)
@@ -55,38 +57,48 @@ class Fidelity(Analysis):
             ],
             settings={
                 "split": self.split,
-                "rows": latents.n_rows,
+                "rows": n_rows,
                 "headline": [
                     {"label": "FVU", "value": f"{numbers['fvu']:.3f}", "note": f"PCA, same L0: {rows[1][1]:.3f}"},
                     {"label": "L0", "value": f"{numbers['l0']:.1f}", "note": f"of {core.d_latent} latents"},
-                    {"label": "dead", "value": f"{numbers['dead_fraction']:.1%}", "note": f"of {latents.n_rows} rows"},
+                    {"label": "dead", "value": f"{numbers['dead_fraction']:.1%}", "note": f"of {n_rows} rows"},
                 ],
             },
         )
 
 
-def measure(core: SAECore, batches: Any) -> tuple[dict[str, float], np.ndarray]:
-    """Fidelity and density of a core over batches of raw activations."""
-    metric = Measure(core.spec.d_out, core.d_latent)
+@torch.no_grad()
+def measure(cores: dict[str, SAECore], batches: Any) -> dict[str, Measure]:
+    """Fidelity of some cores over batches of raw activations, in one pass."""
+    found = {name: Measure(core.spec.d_out, core.d_latent) for name, core in cores.items()}
     for batch in batches:
-        with torch.no_grad():
+        for name, core in cores.items():
             codes = core.encode(core.inputs(batch).float(), batch)
-            metric.update(core.target(batch), core.decode(codes), codes)  # type: ignore[arg-type]
-    return {name: float(value) for name, value in metric.compute().items()}, metric.density().numpy()
+            found[name].update(core.target(batch), core.decode(codes), codes)  # type: ignore[arg-type]
+    return found
+
+
+_FITTED: WeakKeyDictionary[Any, dict[Any, PCA]] = WeakKeyDictionary()
+"""Of each datamodule: several analyses stand beside the same components."""
 
 
 def fitted_pca(core: SAECore, data: Any, n_rows: int, k: int | None = None) -> PCA:
-    """Principal components of the training activations."""
-    pca, seen = PCA(core.spec, k=None if k is None else min(k, core.spec.d_in)), 0
-    for batch in data.rows("train"):
-        rows = {ACTS: {name: x.float() for name, x in batch[ACTS].items()}}
-        pca.partial_fit(rows)
-        pca.count(torch.ones(pca.d_latent), rows_of(batch))
-        seen += rows_of(batch)
-        if seen >= n_rows:
-            break
-    pca.finish()
-    return pca.eval()
+    """Principal components of the training activations, fitted once for each datamodule."""
+    known, key = _FITTED.setdefault(data, {}), (tuple(core.spec.streams.items()), n_rows)
+    if key not in known:
+        fresh, seen = PCA(core.spec), 0
+        for batch in data.rows("train"):
+            rows = {ACTS: {name: x.float() for name, x in batch[ACTS].items()}}
+            fresh.partial_fit(rows)
+            fresh.count(torch.ones(fresh.d_latent), rows_of(batch))
+            seen += rows_of(batch)
+            if seen >= n_rows:
+                break
+        fresh.finish()
+        known[key] = fresh.eval()
+    pca = copy.deepcopy(known[key])
+    pca.k = None if k is None else min(k, core.spec.d_in)
+    return pca
 
 
 def _row(numbers: dict[str, float]) -> list[float]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from mmsae.analyses.base import Analysis
 from mmsae.cores import SAECore
 from mmsae.latents import LatentStore
-from mmsae.metrics.recovery import auroc, best_f1
+from mmsae.metrics.recovery import CHUNK, auroc, best_f1
 from mmsae.results import Result
 
 PLACELESS = {1: "the class token", 3: "a register token"}
@@ -46,9 +46,7 @@ class TopExamples(Analysis):
         items = data.items(self.split) if data.has_items else None
         factors = self._factors(latents, data.value_names)
         live = np.flatnonzero(latents.firings)
-        strength = np.array(
-            [factors[int(j)]["auroc"] if factors else np.abs(latents.of_latent(int(j))[1]).max() for j in live]
-        )
+        strength = np.array([factors[int(j)]["auroc"] for j in live]) if factors else latents.strongest[live]
         shown = sorted(int(j) for j in live[np.argsort(-strength, kind="stable")][: self.n_latents])
         media: dict[int, int] = {}
         rendered: list[dict[str, Any]] = []
@@ -93,19 +91,14 @@ class TopExamples(Analysis):
         if not values:
             return {}
         labels = np.stack([found[f] == names[f].index(v) for f, v in values], axis=1)
-        features = latents.pool()
-        scores = np.nan_to_num(auroc(features, labels))
-        f1 = best_f1(features, labels)[0]
-        best = scores.argmax(0)
-        return {
-            j: {
-                "name": values[best[j]][0],
-                "value": values[best[j]][1],
-                "auroc": float(scores[best[j], j]),
-                "f1": float(f1[best[j], j]),
-            }
-            for j in range(latents.d_latent)
-        }
+        best = {}
+        for first in range(0, latents.d_latent, CHUNK):
+            features = latents.pool(first, min(first + CHUNK, latents.d_latent))
+            scores, f1 = np.nan_to_num(auroc(features, labels)), best_f1(features, labels)[0]
+            for j, i in enumerate(scores.argmax(0).tolist()):
+                name, value = values[i]
+                best[first + j] = {"name": name, "value": value, "auroc": float(scores[i, j]), "f1": float(f1[i, j])}
+        return best
 
     def _example(
         self,
@@ -127,7 +120,7 @@ class TopExamples(Analysis):
             "heat": None,
             "values": None,
         }
-        codes = latents.codes[rows, latent].toarray()[:, 0]
+        codes = latents.at(latent, rows)
         if "row" in columns and (columns["row"][rows] >= 0).any():
             if columns["row"][row] < 0:  # a map of the patches would hide where it really fired
                 return example | {"note": f"at {PLACELESS.get(int(columns['kind'][row]), 'a token')}"}

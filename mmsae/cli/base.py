@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 import mmsae
 from mmsae.cli.messages import Parser
 from mmsae.errors import MmsaeError, checked
+from mmsae.training.progress import StepProgress
 
 NOISE = (
     r".*isinstance\(treespec, LeafSpec\).*",
@@ -87,6 +88,20 @@ class MmsaeCLI(LightningCLI):
             return super().instantiate_trainer(**kwargs)
         except (MisconfigurationException, ValueError, TypeError) as error:
             raise MmsaeError(f"--trainer: {str(error).strip().splitlines()[0]}") from error
+
+
+def predictor(accelerator: str, devices: int | str, threads: int | None) -> Trainer:
+    """A trainer that only predicts, with our progress bar."""
+    if threads:
+        torch.set_num_threads(checked("threads", threads, 1))
+    bar = StepProgress()
+    try:
+        return Trainer(
+            accelerator=accelerator, devices=devices, callbacks=[bar], logger=False, enable_checkpointing=False,
+            enable_model_summary=False,
+        )  # fmt: skip
+    except (MisconfigurationException, ValueError, TypeError) as error:
+        raise MmsaeError(f"--accelerator, --devices: {str(error).strip().splitlines()[0]}") from error
 
 
 def nulls(config: Namespace) -> None:

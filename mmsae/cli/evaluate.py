@@ -16,10 +16,10 @@ import mmsae.artifact
 from mmsae.analyses import Analysis, Downstream, FactorRecovery, Fidelity, TopExamples
 from mmsae.cli.base import quiet
 from mmsae.cli.messages import Parser
-from mmsae.cli.run import datamodule_of, training_result
+from mmsae.cli.run import codes_of, datamodule_of, training_result
+from mmsae.files import write_atomic
 from mmsae.latents import LatentStore
 from mmsae.results import Result
-from mmsae.store.manifest import write_atomic
 
 
 def evaluate(
@@ -28,6 +28,7 @@ def evaluate(
     split: Literal["train", "val", "test"] = "test",
     analyses: list[Analysis] | None = None,
     store: str | None = None,
+    codes: str | None = None,
     max_rows: int = 2_000_000,
     threads: int | None = None,
 ) -> None:
@@ -39,7 +40,8 @@ def evaluate(
         split: Split whose activations are encoded.
         analyses: What to run; by default Fidelity, FactorRecovery, Downstream and TopExamples.
         store: Folder of stored activations instead of the run's own.
-        max_rows: Activation rows kept in memory.
+        codes: Folder of codes by `mmsae encode` instead of encoding again; they stay on disk.
+        max_rows: Activation rows whose codes are kept in memory, without `codes`.
         threads: CPU threads of torch; default: its own.
     """
     import torch
@@ -50,7 +52,11 @@ def evaluate(
     data = datamodule_of(folder, store=store)
     core = mmsae.artifact.load(sae or folder)
     data.spec.require(core.spec.input, core.spec.d_in)
-    latents = LatentStore.build(core, data.rows(split), max_rows, label=f"encoding {split}")
+    if codes is None:
+        latents = LatentStore.build(core, data.rows(split), max_rows, split)
+    else:
+        stored = codes_of(Path(codes) / split, mmsae.artifact.identity(sae or folder), data.origin(split))
+        latents = LatentStore.open(stored, split)
     kept = []
     questions = analyses or [Fidelity(), FactorRecovery(), Downstream(), TopExamples()]
     for result in chain([training_result(folder)], (question.run(core, latents, data) for question in questions)):

@@ -14,7 +14,8 @@ from datamodules import ActivationDataModule
 from mmsae.cli.base import MmsaeCLI, quiet
 from mmsae.cli.help import shorten
 from mmsae.errors import MmsaeError
-from mmsae.store.manifest import write_atomic
+from mmsae.files import write_atomic
+from mmsae.kernels import fast_precision
 from mmsae.training.module import MAIN, SAEModule
 
 LOGGERS = [
@@ -177,6 +178,7 @@ def run(args: list[str]) -> None:
         parser_kwargs={verb: {"description": text} for verb, text in VERBS.items()},
         trainer_defaults={
             "logger": LOGGERS,
+            "precision": fast_precision(),
             "max_steps": 20_000,
             "max_epochs": -1,
             "val_check_interval": 1000,

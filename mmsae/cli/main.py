@@ -16,6 +16,7 @@ VERBS = {
     "validate": ("mmsae.cli.fit", "measure a training checkpoint on the validation split"),
     "test": ("mmsae.cli.fit", "measure a training checkpoint on the test split"),
     "predict": ("mmsae.cli.fit", "write the codes of the test split"),
+    "encode": ("mmsae.cli.encode", "write the codes of a trained dictionary to disk"),
     "evaluate": ("mmsae.cli.evaluate", "run analyses on a trained dictionary"),
     "report": ("mmsae.cli.report", "draw the page of an evaluated run"),
     "convert": ("mmsae.cli.convert", "write a dictionary in SAELens format, or read one"),
@@ -25,6 +26,7 @@ DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 AGAIN = {
     "fit": "--resume RUN goes on from its last checkpoint",
     "extract": "the same command goes on where it stopped",
+    "encode": "the same command goes on where it stopped",
 }
 
 HELP = """\

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from datamodules import ActivationDataModule
 from mmsae.cli.messages import Parser
 from mmsae.errors import MmsaeError
 from mmsae.results import Plot, Result
+from mmsae.store import CodeStore
 
 
 def config_of(run: Path) -> dict[str, Any]:
@@ -38,6 +40,21 @@ def datamodule_of(run: Path, store: str | None = None) -> ActivationDataModule:
         return parser.instantiate_classes(parser.parse_object({"data": chosen})).data
     except MmsaeError as error:
         raise MmsaeError(f"{run / 'config.yaml'}: {error}") from error
+
+
+def codes_of(folder: Path, dictionary: dict[str, Any], origin: dict[str, Any]) -> CodeStore:
+    """Stored codes; those of another dictionary or of other data are refused."""
+    store = CodeStore(folder)
+    found = store.manifest
+    if found.dictionary != dictionary:
+        own = f"{found.dictionary['core']} {found.dictionary['sha256'][:12]}"
+        raise MmsaeError(
+            f"{folder} holds codes of another dictionary ({own}, not {dictionary['core']} "
+            f"{dictionary['sha256'][:12]}): run mmsae encode for this one."
+        )
+    if {"source": found.source, "data": found.data} != json.loads(json.dumps(origin)):
+        raise MmsaeError(f"{folder} holds codes of other data than the run's: run mmsae encode for these.")
+    return store
 
 
 def training_result(run: Path) -> Result | None:

@@ -83,7 +83,7 @@ def select(
     m = len(table)
     table = table.to(dtype)
     bias = None if bias is None else bias.to(dtype)
-    rows = max(128, CHUNK_BYTES // (m * table.element_size()))
+    rows = max(256, CHUNK_BYTES // (m * table.element_size()))
     wide = torch.promote_types(dtype, torch.float32)
     indices = torch.empty(len(x), k, dtype=torch.int64)
     scores = torch.empty(len(x), k, dtype=wide)
@@ -130,7 +130,7 @@ def above(
     m = len(table)
     table, lower = table.to(dtype), lower.to(dtype)
     bias = None if bias is None else bias.to(dtype)
-    step = max(128, CHUNK_BYTES // (m * table.element_size()))
+    step = max(256, CHUNK_BYTES // (m * table.element_size()))
     places, entries = [torch.empty(0, dtype=torch.int64)], [x.new_empty(0, dtype=dtype)]
     for begin in range(0, len(x), step):
         pre = linear(x[begin : begin + step].to(dtype), table, bias)

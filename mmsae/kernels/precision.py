@@ -57,6 +57,12 @@ def fast_dtype(device: str = "cpu") -> torch.dtype:
     return torch.bfloat16 if 1.3 * low <= full else torch.float32
 
 
+def fast_precision() -> str:
+    """Lightning's name for the faster precision of the device that it would take: "bf16-mixed" or "32-true"."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return "bf16-mixed" if fast_dtype(device) == torch.bfloat16 else "32-true"
+
+
 def _onednn(x: Tensor, table: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x.contiguous(), table.contiguous(), bias, "none", [], "")
 
@@ -67,6 +73,8 @@ def _prefers_onednn(dtype: torch.dtype, n_threads: int) -> bool:
         return False
     if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
+    if dtype == torch.bfloat16:
+        return True  # the same library either way, but this way the bias takes no pass of its own
     plain = _seconds(torch.nn.functional.linear, dtype, "cpu")
     return (
         _seconds(lambda x, w: _onednn(x, w, None), dtype, "cpu") < plain / 1.3

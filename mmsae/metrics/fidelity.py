@@ -96,6 +96,10 @@ class Fidelity(Metric):
             "mse": self.error / n,
         }
 
+    def numbers(self) -> dict[str, float]:
+        """The same as plain numbers."""
+        return {name: float(value) for name, value in self.compute().items()}
+
     def density(self) -> Tensor:
         """Share of rows in which each latent fires, `[d_latent]`; call after a compute over all devices."""
         return self.firings.double() / self.n.clamp_min(1)

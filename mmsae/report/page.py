@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from mmsae.errors import MmsaeError
+from mmsae.files import write_atomic
 from mmsae.report.gallery import embed, pack
 from mmsae.report.plots import draw
 from mmsae.report.tables import fine_print, grid, headlines
@@ -35,7 +34,8 @@ def write_report(results: Sequence[Result], path: Path, title: str, facts: dict[
     """
     if not results:
         raise MmsaeError(f"There is no result to draw in {path}; run mmsae evaluate first.")
-    return _write(path, render(results, title, facts))
+    write_atomic(path, render(results, title, facts).encode())
+    return path
 
 
 def render(results: Sequence[Result], title: str, facts: dict[str, str]) -> str:
@@ -72,17 +72,3 @@ def _section(result: Result, index: int) -> dict[str, Any] | None:
         "tables": tables,
         "fine_print": fine_print(result),
     }
-
-
-def _write(path: Path, text: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, part = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-        os.chmod(part, 0o644)  # mkstemp makes it private
-        os.replace(part, path)
-    except BaseException:
-        Path(part).unlink(missing_ok=True)
-        raise
-    return path

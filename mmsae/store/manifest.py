@@ -6,7 +6,7 @@ import json
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 from safetensors import safe_open
@@ -14,23 +14,13 @@ from safetensors.torch import save
 from torch import Tensor
 
 from mmsae.errors import MmsaeError
+from mmsae.files import write_atomic
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 STATISTICS = "statistics.safetensors"
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all, and survive a power cut right after."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    with open(part, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
 
 
 @dataclass
@@ -84,6 +74,10 @@ class Manifest:
     factors: dict[str, list[str]] = field(default_factory=dict)
     format: int = FORMAT
 
+    holds: ClassVar[str] = "activations"
+    verb: ClassVar[str] = "extract"
+    making: ClassVar[str] = "extraction"
+
     @property
     def n_rows(self) -> int:
         """Rows in all shards."""
@@ -94,24 +88,53 @@ class Manifest:
         write_atomic(folder / MANIFEST, json.dumps(asdict(self), indent=1).encode())
 
     @classmethod
-    def load(cls, folder: Path) -> Manifest:
+    def load(cls, folder: Path) -> Self:
         """Read and check it."""
         path = folder / MANIFEST
         if not folder.is_dir():
-            raise MmsaeError(f"no activation store at {folder}: make one with mmsae extract.")
+            raise MmsaeError(f"no {cls.holds[:-1]} store at {folder}: make one with mmsae {cls.verb}.")
         if not path.is_file():
             if any((folder / name / MANIFEST).is_file() for name in os.listdir(folder)):
                 splits = ", ".join(sorted(n for n in os.listdir(folder) if (folder / n / MANIFEST).is_file()))
                 raise MmsaeError(f"{folder} holds stores by split ({splits}), not one store: name one of them.")
-            raise MmsaeError(f"{folder} has no {MANIFEST}: its extraction did not finish; run mmsae extract again.")
+            raise MmsaeError(
+                f"{folder} has no {MANIFEST}: its {cls.making} did not finish; run mmsae {cls.verb} again."
+            )
         try:
             raw = json.loads(path.read_text())
             number = raw["format"]
             if number > FORMAT:
                 raise MmsaeError(f"{path} has format {number}, newer than the {FORMAT} known here: update mmsae.")
+            holds = "codes" if "d_latent" in raw else "activations"
+            if holds != cls.holds:
+                raise MmsaeError(f"{folder} holds {holds}, not {cls.holds}.")
             return cls(**raw)
         except (ValueError, KeyError, TypeError) as error:
-            raise MmsaeError(f"{path} cannot be read ({error}): extract the activations again.") from error
+            raise MmsaeError(f"{path} cannot be read ({error}): {cls.verb} the {cls.holds} again.") from error
+
+
+@dataclass(kw_only=True)
+class CodeManifest(Manifest):
+    """The same for a store of codes: `dtype` is that of the values, `streams` are those that the dictionary reads.
+
+    Attributes:
+        d_latent: Size of the dictionary.
+        signed: Whether codes may be negative.
+        dictionary: Its class, arguments and the checksum of its weights.
+    """
+
+    d_latent: int
+    signed: bool
+    dictionary: dict[str, Any]
+
+    holds: ClassVar[str] = "codes"
+    verb: ClassVar[str] = "encode"
+    making: ClassVar[str] = "encoding"
+
+    @property
+    def n_pairs(self) -> int:
+        """Codes other than 0 in all shards."""
+        return sum(shard["pairs"] for shard in self.shards)
 
 
 def save_statistics(folder: Path, statistics: dict[str, Statistics]) -> None:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from mmsae.errors import MmsaeError, checked
+from mmsae.files import sha256
 from mmsae.spec import ACTS, ActivationSpec, Batch
 from mmsae.store.manifest import Manifest, load_statistics
-from mmsae.store.shards import Shard, sha256
+from mmsae.store.shards import Shard
 
 Piece = tuple[int, int, int]
 """Shard, first row, number of rows."""
@@ -82,9 +83,16 @@ class Store:
 
     def in_order(self, batch_size: int) -> Iterator[Batch]:
         """All rows with their metadata, in the order of extraction."""
-        for number, shard in enumerate(self.shards):
-            for start in range(0, shard.n_rows, batch_size):
-                yield self.read([(number, start, min(batch_size, shard.n_rows - start))])
+        for piece in self.cuts(batch_size):
+            yield self.read([piece])
+
+    def cuts(self, batch_size: int) -> list[Piece]:
+        """All rows in the order of extraction, in batches that do not reach over the end of a shard."""
+        return [
+            (number, start, min(batch_size, shard.n_rows - start))
+            for number, shard in enumerate(self.shards)
+            for start in range(0, shard.n_rows, batch_size)
+        ]
 
 
 class DiskChunks:

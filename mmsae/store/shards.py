@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+import math
 import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from safetensors.torch import save
 from torch import Tensor
@@ -28,6 +29,7 @@ _DTYPES = {
     "I16": torch.int16,
     "I8": torch.int8,
     "U8": torch.uint8,
+    "U16": torch.uint16,
     "BOOL": torch.bool,
 }
 
@@ -42,10 +44,7 @@ class Field(NamedTuple):
     @property
     def row_bytes(self) -> int:
         """Bytes of one row."""
-        width = 1
-        for size in self.shape[1:]:
-            width *= size
-        return width * self.dtype.itemsize
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
 
 
 def encode_shard(rows: Batch, covariance: bool) -> tuple[bytes, list[str]]:
@@ -80,10 +79,39 @@ def moments(x: Tensor, products: bool) -> dict[str, Tensor]:
     return {"sum": total, "norms": norms, **({} if outer is None else {"products": outer})}
 
 
-def sha256(path: Path) -> str:
-    """Checksum of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def fields_of(path: Path, verb: str = "extract") -> dict[str, Field]:
+    """Read the header of a shard; a missing or truncated file is named, with the verb of mmsae that writes it."""
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > size:
+                raise ValueError("its header is cut off")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        fields, end = {}, 0
+        for name, entry in header.items():
+            start, stop = entry["data_offsets"]
+            fields[name] = Field(8 + length + start, _DTYPES[entry["dtype"]], tuple(entry["shape"]))
+            end = max(end, stop)
+        if 8 + length + end != size:
+            raise ValueError(f"it has {size} bytes instead of {8 + length + end}")
+    except (OSError, ValueError, KeyError, struct.error) as error:
+        raise MmsaeError(
+            f"shard {path} is missing or damaged ({error}): delete its store and run mmsae {verb} again."
+        ) from error
+    return fields
+
+
+def map_arrays(path: Path, fields: dict[str, Field], mode: Literal["r", "r+"] = "r") -> dict[str, np.ndarray]:
+    """The tensors of a shard as arrays in a memory map: nothing is read before it is used."""
+    memory = np.asarray(np.memmap(path, mode=mode))
+    return {
+        name: memory[f.offset : f.offset + math.prod(f.shape) * f.dtype.itemsize]
+        .view(str(f.dtype).removeprefix("torch."))
+        .reshape(f.shape)
+        for name, f in fields.items()
+    }
 
 
 @dataclass
@@ -102,27 +130,11 @@ class Shard:
 
     @classmethod
     def open(cls, path: Path) -> Shard:
-        """Read the header; a missing or truncated file is named."""
-        try:
-            with open(path, "rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                (length,) = struct.unpack("<Q", file.read(8))
-                if length > size:
-                    raise ValueError("its header is cut off")
-                header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
-            fields, end = {}, 0
-            for name, entry in header.items():
-                start, stop = entry["data_offsets"]
-                fields[name] = Field(8 + length + start, _DTYPES[entry["dtype"]], tuple(entry["shape"]))
-                end = max(end, stop)
-            if 8 + length + end != size:
-                raise ValueError(f"it has {size} bytes instead of {8 + length + end}")
-            n_rows = next(f.shape[0] for name, f in fields.items() if name.startswith(f"{ACTS}."))
-        except (OSError, ValueError, KeyError, struct.error, StopIteration) as error:
-            raise MmsaeError(
-                f"shard {path} is missing or damaged ({error}): delete its store and run mmsae extract again."
-            ) from error
+        """Read the header; a file that is missing, truncated or no shard is named."""
+        fields = fields_of(path)
+        n_rows = next((f.shape[0] for name, f in fields.items() if name.startswith(f"{ACTS}.")), None)
+        if n_rows is None:
+            raise MmsaeError(f"shard {path} holds no activations: delete its store and run mmsae extract again.")
         return cls(path, fields, n_rows)
 
     def read(self, name: str, start: int, out: Tensor) -> None:

@@ -186,6 +186,10 @@ def test_stored_rows_are_shared_by_ranks(tmp_path):
     data = Stored(store=str(write_store(tmp_path, planted(300))), batch_size=64)
     parts = [torch.cat([b["sample_id"] for b in Rows(data, "val", rank, 2)]) for rank in range(2)]
     assert torch.equal(torch.cat(parts).sort().values, torch.arange(300))
+    for rank, whole in enumerate(parts):
+        first, left = next(iter(Rows(data, "val", rank, 2))), Rows(data, "val", rank, 2, skip=1)
+        assert len(list(left)) == len(left)
+        assert torch.equal(torch.cat([b["sample_id"] for b in left]), whole[len(first["sample_id"]) :])
     assert [len(list(Rows(data, "val", r, 2))) for r in range(2)] == [len(Rows(data, "val", r, 2)) for r in range(2)]
 
 

@@ -57,9 +57,9 @@ def fast_dtype(device: str = "cpu") -> torch.dtype:
     return torch.bfloat16 if 1.3 * low <= full else torch.float32
 
 
-def fast_precision() -> str:
-    """Lightning's name for the faster precision of the device that it would take: "bf16-mixed" or "32-true"."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def fast_precision(device: str | None = None) -> str:
+    """Lightning's name for the faster precision of a device (None: of the one it would take)."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return "bf16-mixed" if fast_dtype(device) == torch.bfloat16 else "32-true"
 
 

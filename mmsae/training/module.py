@@ -133,6 +133,9 @@ class SAEModule(L.LightningModule):
         if not groups:
             return None
         optimizer = self.optimizer(groups)
+        for group in optimizer.param_groups:  # one pass over weights and moments in place of a dozen
+            if group.get("fused", False) is None and group.get("foreach") is None:
+                group["fused"] = self.device.type in ("cpu", "cuda")
         total = self.total_steps
 
         def factor(step: int) -> float:

@@ -1,0 +1,91 @@
+import importlib
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+TOY = ["--sizes", "16,64,4,32", "--rounds", "2", "--steps", "2", "--precision", "32-true"]
+PACKAGES = {
+    "saelens": "sae_lens",
+    "dictionary_learning": "dictionary_learning",
+    "sparsify": "sparsify",
+    "overcomplete": "overcomplete",
+}
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs a program in this process, where its workers start faster the second time, and gives what it printed."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+    def run(program, *arguments):
+        monkeypatch.setattr(sys, "argv", [f"{program}.py", *arguments])
+        importlib.import_module(program).main()
+        return capsys.readouterr().out
+
+    return run
+
+
+def contenders(path):
+    return [record["contender"] for record in json.loads(path.read_text())["records"]]
+
+
+def test_training_is_compared_in_time_memory_and_quality(run, tmp_path):
+    raw = tmp_path / "raw.json"
+    shown = run("train", "--peers", "none", "--quality", *TOY, "--json", str(raw))
+    names = ["mmsae", "mmsae-fp32", "mmsae-loop", "dense"]
+    assert contenders(raw) == names
+    for name in names:
+        assert sum(f"│ {name} " in line for line in shown.splitlines()) == 2  # one row in each table
+    assert "over the bare loop" in shown
+    for record in json.loads(raw.read_text())["records"]:
+        assert [turn["steps"] for turn in record["turns"]] == [2, 2]
+        assert all(turn["wall"] > 0 and turn["cpu"] > 0 for turn in record["turns"])
+        assert 0 < record["facts"]["fvu"] < 1.5
+        assert record["facts"]["l0"] <= 4
+
+
+def test_encoding_is_compared(tmp_path):
+    """As a user starts it, from the root of the repository."""
+    command = [sys.executable, "benchmarks/encode.py", "--peers", "none", "--controls", "dense", *TOY]
+    raw = tmp_path / "raw.json"
+    done = subprocess.run([*command, "--json", str(raw)], capture_output=True, text=True, cwd=BENCHMARKS.parent)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert contenders(raw) == ["mmsae", "dense"]
+    assert "│ dense " in done.stdout
+
+
+def test_scaling_shows_the_cost_of_doubling(run, tmp_path):
+    raw = tmp_path / "raw.json"
+    shown = run(
+        *("scaling", "--size", "16,64,4,32", "--latents", "64,128", "--ks", "", "--batches", "", "--thread-counts", ""),
+        *("--rounds", "2", "--steps", "2", "--precision", "32-true", "--json", str(raw)),
+    )
+    assert "per doubling over the whole range" in shown
+    assert [record["value"] for record in json.loads(raw.read_text())["records"]] == [64, 128]
+
+
+def test_unknown_contenders_are_answered_with_the_known_ones(run):
+    with pytest.raises(SystemExit, match="no contender 'sealens'; known: saelens, dictionary_learning, sparsify"):
+        run("train", "--peers", "sealens")
+
+
+def test_a_named_peer_that_is_missing_says_how_to_get_it(run, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match=r"overcomplete is not installed: pip install 'mmsae\[benchmark\]' brings it"):
+        run("train", "--peers", "overcomplete")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PACKAGES)
+def test_a_peer_takes_part(run, name, tmp_path):
+    if importlib.util.find_spec(PACKAGES[name]) is None:
+        pytest.skip(f"{name} is not installed: pip install 'mmsae[benchmark]' brings it")
+    for program in ("train", "encode"):
+        raw = tmp_path / f"{program}.json"
+        run(program, "--peers", name, "--controls", "none", *TOY, "--json", str(raw))
+        assert contenders(raw) == ["mmsae", name]

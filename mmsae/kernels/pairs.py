@@ -97,7 +97,7 @@ class Pairs:
             indices `[n_rows, width]`, 0 where padded, and the pairs.
         """
         offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
-        places = torch.arange(len(latents), device=latents.device) + (rows * width - offsets[rows])
+        places = torch.arange(len(latents), device=latents.device) + (rows * width - offsets.index_select(0, rows))
         indices = latents.new_zeros(len(counts) * width).index_copy_(0, places, latents).view(-1, width)
         return indices, cls(offsets, latents, rows, n_latents, places)._remember(indices)
 
@@ -116,12 +116,12 @@ class Pairs:
         """The pairs sorted by latent; rows ascend within a latent."""
         latents, order = self.latents.int().sort(stable=True)  # half as many passes as int64 takes
         bounds = torch.arange(self.n_latents + 1, device=latents.device, dtype=torch.int32)
-        return ByLatent(order, torch.searchsorted(latents, bounds), self.rows[order], latents.long())
+        return ByLatent(order, torch.searchsorted(latents, bounds), self.rows.index_select(0, order), latents.long())
 
     def flat(self, padded: Tensor) -> Tensor:
         """The entries of a padded list `[n_rows, n]` that belong to pairs, `[n_pairs]`."""
         padded = padded.reshape(-1)
-        return padded if self.places is None else padded[self.places]
+        return padded if self.places is None else padded.index_select(0, self.places)
 
     def padded(self, flat: Tensor, shape: torch.Size, padding: float = 0.0) -> Tensor:
         """The inverse of `flat`, with `padding` where there is no pair."""

@@ -36,14 +36,16 @@ def sum_by_latent(values: Tensor, x: Tensor, pairs: Pairs) -> Tensor:
         `[n_latents, d]`.
     """
     sorted_pairs = pairs.by_latent
-    return bodies(x.device).csr_matmul(sorted_pairs.offsets, sorted_pairs.rows, values[sorted_pairs.order], x)
+    return bodies(x.device).csr_matmul(
+        sorted_pairs.offsets, sorted_pairs.rows, values.index_select(0, sorted_pairs.order), x
+    )
 
 
 def dots(x: Tensor, table: Tensor, pairs: Pairs) -> Tensor:
     """`<x[row of j], table[latent of j]>` for each pair, `[n_pairs]`; no autograd."""
     sorted_pairs = pairs.by_latent  # in this order each row of the table is read once
     found = bodies(x.device).pair_dots(sorted_pairs.rows, sorted_pairs.latents, x, table)
-    return torch.empty_like(found).scatter_(0, sorted_pairs.order, found)
+    return torch.empty_like(found).index_copy_(0, sorted_pairs.order, found)
 
 
 class _Sum(torch.autograd.Function):
@@ -85,10 +87,9 @@ class _Encode(torch.autograd.Function):
         by_x = by_centre = by_table = by_bias = None
         if needs_bias or (needs_centre and not needs_x):
             sorted_pairs = ctx.pairs.by_latent
-            ones = grad.new_ones(len(x), 1)  # as a product it is deterministic on every device
-            by_bias = bodies(x.device).csr_matmul(
-                sorted_pairs.offsets, sorted_pairs.rows, grad[sorted_pairs.order], ones
-            )[:, 0]
+            by_bias = torch.segment_reduce(  # deterministic on every device, as adding by index is not
+                grad.index_select(0, sorted_pairs.order), "sum", offsets=sorted_pairs.offsets, initial=0.0, unsafe=True
+            )
         if needs_x:
             by_x = bodies(x.device).csr_matmul(ctx.pairs.offsets, ctx.pairs.latents, grad, table)
         if needs_centre:  # summed over the batch it is a matrix times a vector, not a product per row
@@ -123,7 +124,7 @@ def encode_pairs(
         with torch.no_grad():
             known = dots(x if centre is None else x - centre, table, pairs)
             if bias is not None:
-                known = known + bias[pairs.latents]
+                known = known + bias.index_select(0, pairs.latents)
     return _Encode.apply(x, centre, table, bias, pairs, known)
 
 
@@ -161,6 +162,6 @@ def sparse_decode_groups(values: Tensor, indices: Tensor, dictionary: Tensor, en
     n_bags = pairs.n_rows * len(ends)
     bags, order = (pairs.rows * len(ends) + torch.bucketize(pairs.latents, ends, right=True)).sort(stable=True)
     offsets = torch.searchsorted(bags, torch.arange(n_bags + 1, device=bags.device))
-    grouped = Pairs(offsets, pairs.latents[order], bags, len(dictionary))
-    out = _Sum.apply(pairs.flat(values)[order].to(dictionary.dtype), dictionary, grouped)
+    grouped = Pairs(offsets, pairs.latents.index_select(0, order), bags, len(dictionary))
+    out = _Sum.apply(pairs.flat(values).index_select(0, order).to(dictionary.dtype), dictionary, grouped)
     return out.view(pairs.n_rows, len(ends), dictionary.shape[1])

@@ -54,7 +54,7 @@ def linear_topk(
             candidates = Pairs.of(indices, len(table))
             known = dots(inner, table, candidates).view(indices.shape)
             if bias is not None:
-                known += bias[indices]
+                known += bias.index_select(0, candidates.latents).view_as(known)
             if width > k:
                 kept = (known.abs() if signed else known).topk(k, dim=-1, sorted=False).indices
                 indices, known = indices.gather(-1, kept), known.gather(-1, kept)

@@ -147,11 +147,11 @@ class ActivationDataModule(L.LightningDataModule):
         chunk_rows = max(self.chunk_rows - self.chunk_rows % self.batch_size, self.batch_size)
         if store is not None:
             chunks = DiskChunks(store, chunk_rows, self.block_rows, self.columns, *share)
-            return TrainedBatches(chunks, self.batch_size, self.seed)
+            return TrainedBatches(chunks, self.batch_size, self.seed, device=self._device())
         assert self.source is not None
         items = _not_empty(self.items("train"), type(self).__name__, "train")
         live = LiveChunks(self.source, items, chunk_rows, self.examples_per_forward, self.columns, *share)
-        return TrainedBatches(live, self.batch_size, self.seed)
+        return TrainedBatches(live, self.batch_size, self.seed, device=self._device())
 
     def val_dataloader(self) -> Rows:
         """The validation split in order."""
@@ -177,6 +177,10 @@ class ActivationDataModule(L.LightningDataModule):
             collate_fn=self.source.collate,
             generator=torch.Generator(),  # its own: a validation must not move the generator of the training
         )
+
+    def _device(self) -> torch.device:
+        """Where the training runs."""
+        return self.trainer.strategy.root_device if self.trainer is not None else torch.device("cpu")
 
     def _share(self) -> tuple[int, int]:
         trainer = self.trainer

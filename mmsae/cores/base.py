@@ -103,6 +103,7 @@ class SAECore(nn.Module, ABC):
         super().__init__()
         self.spec = ActivationSpec.of(spec)
         self.d_latent = checked("d_latent", d_latent, 1)
+        self.rows_counted: int | None = None  # rows_seen, known without asking the device
         self.register_buffer("rows_seen", torch.zeros((), dtype=torch.int64))
         self.register_buffer("rows_since_fired", torch.zeros(d_latent, dtype=torch.int64))
 
@@ -181,9 +182,21 @@ class SAECore(nn.Module, ABC):
     @torch.no_grad()
     def count(self, firings: Tensor, n_rows: int) -> None:
         """Keep the books of dead latents; `firings` `[d_latent]` and `n_rows` are totals over all ranks."""
+        if self.rows_counted is None:
+            self.rows_counted = int(self.rows_seen)
+        self.rows_counted += n_rows
         self.rows_seen += n_rows
         self.rows_since_fired += n_rows
         self.rows_since_fired[firings > 0] = 0
+
+    def dead_latents(self, dead_after: int) -> Tensor:
+        """Latents that have not fired for `dead_after` rows, int64 `[n]`.
+
+        Waits for the device only if there can be any.
+        """
+        if self.rows_counted is not None and self.rows_counted < dead_after and self.rows_seen.device.type != "cpu":
+            return torch.empty(0, dtype=torch.int64, device=self.rows_seen.device)
+        return (self.rows_since_fired >= dead_after).nonzero()[:, 0]
 
     @property
     def config(self) -> dict[str, Any]:

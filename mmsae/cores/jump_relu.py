@@ -155,7 +155,7 @@ class JumpReLU(LinearCore):
 
     def _revival(self, x: Tensor) -> Tensor:
         """Pulls dead latents back to their thresholds; the small constant is SAELens's."""
-        dead = (self.rows_since_fired >= self.dead_after).nonzero()[:, 0]
+        dead = self.dead_latents(self.dead_after)
         x, table, bias, _ = self.encoder(x)
         pre = dense_linear(x, table.index_select(0, dead), bias.index_select(0, dead))
         norms = self.W_dec.index_select(0, dead).norm(dim=-1)

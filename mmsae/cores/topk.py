@@ -79,7 +79,7 @@ class TopK(LinearCore):
 
         Only dead latents are computed: as a dense matrix while they are few, as pairs when they are many.
         """
-        dead = self.dead_latents()
+        dead = self.dead_latents(self.dead_after)
         if len(dead) == 0:
             return residual.new_zeros(())
         k_aux = min(self.k_aux or max(self.spec.d_out // 2, 1), len(dead))
@@ -99,7 +99,3 @@ class TopK(LinearCore):
         # rows that are all alike have nothing to explain; a NaN would come back through the gradient of the division
         share = squared_error(residual, explained) / torch.where(spread > floor, spread, 1.0)
         return torch.where(spread > floor, share, 0.0)
-
-    def dead_latents(self) -> Tensor:
-        """Latents that have not fired for `dead_after` rows, int64 `[n]`."""
-        return (self.rows_since_fired >= self.dead_after).nonzero()[:, 0]

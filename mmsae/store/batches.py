@@ -51,10 +51,19 @@ class Batches:
         batch_size: Rows per batch.
         seed: Of the order.
         read_ahead: Whether to read the next chunk in the background.
+        device: Where chunks are kept and batches are drawn: at the speed of an accelerator a step takes its rows faster
+            than single batches could be sent.
     """
 
-    def __init__(self, chunks: Chunks, batch_size: int, seed: int = 0, read_ahead: bool = True) -> None:
-        self.chunks, self.seed, self.read_ahead = chunks, seed, read_ahead
+    def __init__(
+        self,
+        chunks: Chunks,
+        batch_size: int,
+        seed: int = 0,
+        read_ahead: bool = True,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.chunks, self.seed, self.read_ahead, self.device = chunks, seed, read_ahead, torch.device(device)
         self.batch_size = checked("batch_size", batch_size, 1)
         if chunks.n_rows is not None and batch_size > chunks.n_rows:
             raise MmsaeError(
@@ -84,10 +93,13 @@ class Batches:
             while cursor is not None:
                 rows, following = ahead.result()
                 memories.reverse()
+                rows = self._place(rows)
                 if following is not None:
                     ahead = self._fetch(pool, epoch, following, memories[0])
                 shuffled = np.random.default_rng([self.seed, epoch, 1, cursor]).permutation(rows_of(rows))
-                order, carry = torch.from_numpy(shuffled), state["carry"]
+                order, carry = torch.from_numpy(shuffled).to(self.device), state["carry"]
+                if carry is not None:
+                    carry = map_batch(carry, lambda t: t.to(self.device))
                 n_carried = rows_of(carry) if carry is not None else 0
                 n = n_carried + len(order)
                 n_used = n if following is None else n - n % self.batch_size
@@ -104,6 +116,16 @@ class Batches:
                     rest = concatenate([map_batch(carry, lambda t, a=n_used: t[a:]), rest])
                 cursor = following
                 state.update(cursor=cursor, used=0, carry=rest)
+
+    def _place(self, rows: Batch) -> Batch:
+        """The chunk on the device, by one copy from pinned memory, finished when this returns."""
+        if self.device.type == "cpu":
+            return rows
+        pin = self.device.type == "cuda"
+        placed = map_batch(rows, lambda t: (t.pin_memory() if pin else t).to(self.device, non_blocking=True))
+        if pin:
+            torch.cuda.current_stream(self.device).synchronize()  # the memory is read into again soon
+        return placed
 
     def _fetch(
         self, pool: ThreadPoolExecutor, epoch: int, cursor: int, memory: dict[str, Tensor]

@@ -146,3 +146,18 @@ def test_t2_auxk_revives_dead_latents():
     assert sum(s.dead for s in revived) <= 0.7 * sum(s.dead for s in plain)
     assert any(a.dead <= 0.7 * b.dead for a, b in zip(revived, plain, strict=True))
     assert all(s.found >= 0.97 for s in revived)
+
+
+def test_dead_latents_are_looked_up_without_waiting_for_an_accelerator_before_any_can_be_dead():
+    core = TopK(D, M, k=3, dead_after=100).to("meta")  # where looking at values is an error
+    core.rows_counted = 99
+    assert core.dead_latents(core.dead_after).shape == (0,)
+
+
+def test_dead_latents_are_known_after_loading_and_counting():
+    core = TopK(D, M, k=3, dead_after=100)
+    core.rows_seen.fill_(90)
+    core.rows_since_fired[4] = 95
+    core.count(torch.ones(M).index_fill(0, torch.tensor([4]), 0), 10)
+    assert core.rows_counted == 100
+    assert core.dead_latents(100).tolist() == [4]

@@ -237,3 +237,17 @@ def test_rows_of_one_example_are_spread_over_the_batches(tmp_path, block_rows):
     assert abs(mixed) < 0.08
     # of 64 rows chance would draw 56.7 different examples from 256, and 41 from the 64 that blocks of 16 put in a chunk
     assert distinct > (54 if block_rows == 1 else 37)
+
+
+@pytest.mark.parametrize("device", ["meta", "cuda"])
+def test_batches_are_drawn_where_the_training_runs(make, device):
+    """The meta device goes the same way as an accelerator, but for pinned memory."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
+    here, there = list(Batches(make(), 8)), list(Batches(make(), 8, device=device))
+    assert len(here) == len(there)
+    for one, other in zip(here, there, strict=True):
+        assert other[ACTS]["x"].device.type == device
+        assert other[ACTS]["x"].shape == one[ACTS]["x"].shape
+        if device == "cuda":
+            assert torch.equal(other[ACTS]["x"].cpu(), one[ACTS]["x"])

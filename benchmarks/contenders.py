@@ -228,6 +228,8 @@ class MmsaeLoop(Mmsae):
         core.start({"acts": {"x": (sample - mean) * scale}})
         del sample
         optimizer = module.optimizer(core.parameter_groups())
+        for group in optimizer.param_groups:  # as the module does
+            group["fused"] = True
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.task.rate)
         core.train()
         for step, x in enumerate(batches, start=1):

@@ -89,3 +89,8 @@ def test_a_peer_takes_part(run, name, tmp_path):
         raw = tmp_path / f"{program}.json"
         run(program, "--peers", name, "--controls", "none", *TOY, "--json", str(raw))
         assert contenders(raw) == ["mmsae", name]
+
+
+def test_several_dictionaries_in_one_pass_are_compared_with_the_sum(run):
+    shown = run("together", "--ks", "2,4", "--d-latent", "64", "--batch", "64", "--steps", "1", "--rounds", "1")
+    assert "2 dictionaries in one pass cost" in shown

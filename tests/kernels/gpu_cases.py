@@ -5,7 +5,9 @@ import torch
 from torch.nn import functional
 from torch.testing import assert_close
 
-from mmsae.kernels import gpu
+from mmsae.cores import TopK
+from mmsae.kernels import gpu, products, selection
+from mmsae.spec import ACTS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -193,3 +195,20 @@ def test_select_of_scores_below_zero_is_not_misled_by_padding():
 def test_select_ignores_autograd():
     x, table = normal(2, 4).requires_grad_(), normal(300, 4).requires_grad_()
     assert not gpu.select(x, table, None, 2, torch.float32)[1].requires_grad
+
+
+def test_a_training_step_on_these_bodies_has_the_gradients_of_the_dense_formula(monkeypatch):
+    """The autograd functions around them, as a core uses them."""
+    torch.manual_seed(0)
+    core = TopK(24, 256, k=4).double().to(DEVICE).train()
+    x = torch.randn(50, 24, dtype=torch.float64).to(DEVICE)
+    for module in (products, selection):
+        monkeypatch.setattr(module, "bodies", lambda device: gpu)
+    core.losses({ACTS: {core.spec.input: x}}).terms["reconstruction"].backward()
+    mine = {name: p.grad.clone() for name, p in core.named_parameters()}
+    core.zero_grad()
+    pre = (x - core.b_dec) @ core.W_enc.T + core.b_enc
+    kept = torch.zeros_like(pre).scatter_(1, pre.topk(4).indices, 1.0)
+    error = x - ((pre * kept).relu() @ core.W_dec + core.b_dec)
+    (error.pow(2).sum(-1).mean() / core.variance).backward()
+    assert_close(mine, {name: p.grad for name, p in core.named_parameters()})

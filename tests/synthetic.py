@@ -106,6 +106,7 @@ def train(
     target_l0: float | None = None,
     coefficient: str = "",
     each: Callable[[int], None] | None = None,
+    batches: Callable[[Tensor], dict[str, Any]] = batch_of,
 ) -> SAECore:
     """Train with the recipe of the acceptance tests: 100 steps of warm-up, a fifth of decay, clipping at 1.
 
@@ -119,16 +120,17 @@ def train(
         target_l0: A controller moves `coefficient` by 1 % a step until the running L0 is this.
         coefficient: Attribute with the price of sparsity.
         each: Called with the number of each step, after it.
+        batches: Makes a batch of rows of the pool, which may hold several streams side by side.
     """
     core.train()
-    core.start(batch_of(pool[:8192]))
+    core.start(batches(pool[:8192]))
     g = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.Adam(core.parameter_groups(), lr=lr)
     l0 = None
     for step in range(1, steps + 1):
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1.0, step / 100, (steps - step + 1) / (0.2 * steps))
-        batch = batch_of(pool[torch.randint(0, len(pool), (batch_size,), generator=g)])
+        batch = batches(pool[torch.randint(0, len(pool), (batch_size,), generator=g)])
         losses = core.losses(batch)
         optimizer.zero_grad()
         torch.stack(list(losses.terms.values())).sum().backward()

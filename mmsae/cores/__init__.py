@@ -1,25 +1,63 @@
 """Sparse dictionaries: one file each. The imports below are the registry."""
 
+from mmsae.cores.abs_topk import AbsTopK
+from mmsae.cores.archetypal import Archetypal
+from mmsae.cores.atoms import Atoms
 from mmsae.cores.base import Affine, Losses, SAECore
 from mmsae.cores.baselines import PCA, Neurons, RandomDictionary
 from mmsae.cores.batch_topk import BatchTopK
+from mmsae.cores.crosscoder import Crosscoder
+from mmsae.cores.feature_choice import FeatureChoice
+from mmsae.cores.gated import Gated
+from mmsae.cores.group_bias import GroupBias
+from mmsae.cores.group_max import GroupMax
+from mmsae.cores.itda import ITDA
 from mmsae.cores.jump_relu import JumpReLU
 from mmsae.cores.linear import LinearCore
+from mmsae.cores.matching_pursuit import MatchingPursuit
 from mmsae.cores.matryoshka import Matryoshka
+from mmsae.cores.multi_topk import MultiTopK
+from mmsae.cores.p_anneal import PAnneal
+from mmsae.cores.poly import PolySAE
 from mmsae.cores.relu import ReLU
+from mmsae.cores.scikit import ICA, NMF, KMeans
+from mmsae.cores.semi_nmf import SemiNMF
+from mmsae.cores.skip_transcoder import SkipTranscoder
+from mmsae.cores.top_afa import TopAFA
 from mmsae.cores.topk import TopK
+from mmsae.cores.variational import Variational
 
 __all__ = [
+    "ICA",
+    "ITDA",
+    "NMF",
     "PCA",
+    "AbsTopK",
     "Affine",
+    "Archetypal",
+    "Atoms",
     "BatchTopK",
+    "Crosscoder",
+    "FeatureChoice",
+    "Gated",
+    "GroupBias",
+    "GroupMax",
     "JumpReLU",
+    "KMeans",
     "LinearCore",
     "Losses",
+    "MatchingPursuit",
     "Matryoshka",
+    "MultiTopK",
     "Neurons",
+    "PAnneal",
+    "PolySAE",
     "RandomDictionary",
     "ReLU",
     "SAECore",
+    "SemiNMF",
+    "SkipTranscoder",
+    "TopAFA",
     "TopK",
+    "Variational",
 ]

@@ -175,6 +175,11 @@ class SAECore(nn.Module, ABC):
         """The stream that is reconstructed: `target` for transcoders, else the input."""
         return batch[ACTS][TARGET if TARGET in self.spec.streams else self.spec.input]
 
+    @property
+    def outputs(self) -> list[str]:
+        """Streams that are reconstructed."""
+        return [TARGET if TARGET in self.spec.streams else self.spec.input]
+
     def forward(self, x: Tensor) -> Tensor | dict[str, Tensor]:
         """Reconstruction of activations."""
         return self.decode(self.encode(x))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from mmsae.codes import Codes
 from mmsae.cores.base import Losses, geometric_median, squared_error, variance
@@ -48,10 +49,14 @@ class TopK(LinearCore):
         self.register_buffer("variance", torch.ones(()))
 
     def encode(self, x: Tensor | dict[str, Tensor], batch: Batch | None = None) -> Codes:
-        """The k largest of each row, their positive part."""
+        """The k largest of each row, their positive part; of largest magnitude where codes are `signed`."""
         x, table, bias, centre = self.encoder(x)
-        values, indices = linear_topk(x, table, bias, self.k, centre)
-        return Codes(values.relu(), indices, self.d_latent)
+        values, indices = linear_topk(x, table, bias, self.k, centre, self.signed)
+        return Codes(self.rectify(values), indices, self.d_latent)
+
+    def rectify(self, pre: Tensor) -> Tensor:
+        """The positive part, unless codes are `signed`."""
+        return pre if self.signed else pre.relu()
 
     @torch.no_grad()
     def start(self, batch: Batch) -> None:
@@ -74,12 +79,16 @@ class TopK(LinearCore):
         reconstruction = self.decode(codes)
         return {"reconstruction": squared_error(target, reconstruction) / self.variance}, reconstruction
 
+    def idle_latents(self) -> Tensor:
+        """Latents that AuxK teaches, int64 `[n]`: the dead ones."""
+        return self.dead_latents(self.dead_after)
+
     def auxk(self, x: Tensor, residual: Tensor) -> Tensor:
         """Share of the residual's variance that the best `k_aux` dead latents leave unexplained (0 if none is dead).
 
         Only dead latents are computed: as a dense matrix while they are few, as pairs when they are many.
         """
-        dead = self.dead_latents(self.dead_after)
+        dead = self.idle_latents()
         if len(dead) == 0:
             return residual.new_zeros(())
         k_aux = min(self.k_aux or max(self.spec.d_out // 2, 1), len(dead))
@@ -87,14 +96,17 @@ class TopK(LinearCore):
         table, bias, rows = table.index_select(0, dead), bias.index_select(0, dead), self.W_dec.index_select(0, dead)
         # no b_dec in the explanation: the residual has none
         if len(dead) < CROSSOVER * k_aux:
+            # rows of zeros explain nothing; they keep the sizes few, as oneDNN compiles and keeps a product for each
+            table, bias, rows = (pad(t, (0, 0) * (t.ndim - 1) + (0, -len(dead) % 64)) for t in (table, bias, rows))
             pre = dense_linear(x if centre is None else x - centre, table, bias)
             if k_aux < len(dead):
-                best = pre.detach().topk(k_aux, dim=-1, sorted=False).indices
+                strength = pre.detach().abs() if self.signed else pre.detach()
+                best = strength.topk(k_aux, dim=-1, sorted=False).indices
                 pre = pre * torch.zeros_like(pre).scatter_(-1, best, 1.0)
-            explained = dense_linear(pre.relu(), rows.t())
+            explained = dense_linear(self.rectify(pre), rows.t())
         else:
-            values, indices = linear_topk(x, table, bias, k_aux, centre)
-            explained = sparse_decode(values.relu(), indices, rows)
+            values, indices = linear_topk(x, table, bias, k_aux, centre, self.signed)
+            explained = sparse_decode(self.rectify(values), indices, rows)
         spread, floor = variance(residual), 1e-9 * residual.pow(2).sum(-1).mean()
         # rows that are all alike have nothing to explain; a NaN would come back through the gradient of the division
         share = squared_error(residual, explained) / torch.where(spread > floor, spread, 1.0)

@@ -180,6 +180,8 @@ def _cut_exactly(
         full = kept.all(-1).nonzero()[:, 0]
         if len(full) == 0 or width == len(table):
             return indices, kept, scores
+        # few different sizes, by repeating rows: oneDNN compiles and keeps a product for each
+        full = full[torch.arange(-(-len(full) // 128) * 128) % len(full)]
         more = min(len(table), 2 * width)
         found = cpu.select(x[full], table, bias, more, dtype)
         indices = torch.nn.functional.pad(indices, (0, more - width)).index_copy_(0, full, found[0])

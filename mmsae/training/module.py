@@ -17,7 +17,7 @@ from mmsae.cores import Losses, SAECore
 from mmsae.cores.base import squared_error, variance
 from mmsae.errors import MmsaeError, checked
 from mmsae.metrics import Fidelity
-from mmsae.spec import ACTS, TARGET, ActivationSpec, Batch, map_batch, rows_of
+from mmsae.spec import ACTS, ActivationSpec, Batch, map_batch, rows_of
 from mmsae.store.batches import first_rows
 from mmsae.training.normalise import Mode, Normaliser, moments
 from mmsae.training.resume import check_description, describe, restore_rng, rng_state
@@ -87,7 +87,8 @@ class SAEModule(L.LightningModule):
         self.normalisers = nn.ModuleDict(
             {stream.replace(".", "/"): Normaliser(width, normalise) for stream, width in spec.streams.items()}
         )
-        self.fidelity = nn.ModuleDict({name: Fidelity(core.spec.d_out, core.d_latent) for name, core in self._cores()})
+        widths = {name: sum(core.spec.streams[stream] for stream in core.outputs) for name, core in self._cores()}
+        self.fidelity = nn.ModuleDict({name: Fidelity(widths[name], core.d_latent) for name, core in self._cores()})
         self.register_buffer("started", torch.zeros((), dtype=torch.bool))
         self._rng: dict[str, Any] | None = None  # of a checkpoint, until training takes it up
 
@@ -241,9 +242,9 @@ class SAEModule(L.LightningModule):
         if not self._logging:
             return
         numbers = {"loss": total, **{f"loss/{term}": value for term, value in losses.terms.items()}}
-        if isinstance(losses.reconstruction, Tensor):
-            target = core.target(batch)
-            numbers["fvu"] = squared_error(target, losses.reconstruction.float()) / variance(target)
+        target = torch.cat([batch[ACTS][stream] for stream in core.outputs], -1)
+        reconstruction = torch.cat(list(by_stream(core, losses.reconstruction).values()), -1)
+        numbers["fvu"] = squared_error(target, reconstruction.float()) / variance(target)
         numbers["l0"] = losses.codes.l0().float().mean()
         dead_after = getattr(core, "dead_after", 10_000_000)
         numbers["dead_fraction"] = (core.rows_since_fired >= dead_after).float().mean()
@@ -299,11 +300,10 @@ class SAEModule(L.LightningModule):
         normalised = self.normalised(batch)
         for name, core in self._cores():
             codes = core.encode(core.inputs(normalised), normalised)
-            reconstruction = core.decode(codes)
-            stream = TARGET if TARGET in core.spec.streams else core.spec.input
-            if isinstance(reconstruction, Tensor):
-                raw = self._normaliser(stream).invert(reconstruction.float())
-                self.fidelity[name].update(batch[ACTS][stream].float(), raw, codes)  # type: ignore[operator]
+            outputs = by_stream(core, core.decode(codes))
+            raw = torch.cat([self._normaliser(stream).invert(out.float()) for stream, out in outputs.items()], -1)
+            x = torch.cat([batch[ACTS][stream].float() for stream in outputs], -1)
+            self.fidelity[name].update(x, raw, codes)  # type: ignore[operator]
 
     def _log_fidelity(self, split: str) -> None:
         if self.trainer.sanity_checking:
@@ -365,6 +365,13 @@ class SAEModule(L.LightningModule):
             affine = {s: self._normaliser(s).affine for s in core.spec.streams}
             core.fold({s: a._replace(mean=a.mean.cpu(), scale=a.scale.cpu()) for s, a in affine.items()})
         return core.eval().requires_grad_(False)
+
+
+def by_stream(core: SAECore, reconstruction: Tensor | dict[str, Tensor]) -> dict[str, Tensor]:
+    """What a core reconstructs, by stream, in the order of its `outputs`."""
+    if isinstance(reconstruction, Tensor):
+        return {core.outputs[0]: reconstruction}
+    return {stream: reconstruction[stream] for stream in core.outputs}
 
 
 def log_density(logger: Any, name: str, metric: Fidelity, step: int) -> None:

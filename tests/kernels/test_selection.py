@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from mmsae.kernels import linear_above, linear_batch_topk, linear_topk, pairs
+from mmsae.kernels import cpu, linear_above, linear_batch_topk, linear_topk, pairs
+from mmsae.kernels.precision import linear
 
 
 def problem(rows, d, m, seed=0, dtype=torch.float64):
@@ -164,6 +165,17 @@ def test_batch_topk_finds_a_row_that_takes_the_whole_budget():
     check_batch(scores, 48)
     values, _ = linear_batch_topk(*identity(scores), None, 48)
     assert int((values[3] != 0).sum()) == 48
+
+
+def test_batch_topk_multiplies_matrices_of_few_sizes(monkeypatch):
+    """For each size oneDNN compiles and keeps a product: a long training grew by hundreds of megabytes."""
+    sizes = set()
+    monkeypatch.setattr(cpu, "linear", lambda x, *rest: sizes.add(len(x)) or linear(x, *rest))
+    for seed in range(12):
+        scores = torch.rand(256, 64, generator=torch.Generator().manual_seed(seed))
+        scores[: 1 + 5 * seed] += 1  # this many rows ask for more candidates
+        check_batch(scores, 256 * 4)
+    assert len(sizes) <= 2
 
 
 def test_batch_topk_is_as_narrow_as_its_fullest_row():

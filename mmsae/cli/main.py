@@ -19,7 +19,7 @@ VERBS = {
     "encode": ("mmsae.cli.encode", "write the codes of a trained dictionary to disk"),
     "evaluate": ("mmsae.cli.evaluate", "run analyses on a trained dictionary"),
     "report": ("mmsae.cli.report", "draw the page of an evaluated run"),
-    "convert": ("mmsae.cli.convert", "write a dictionary in SAELens format, or read one"),
+    "convert": ("mmsae.cli.convert", "write a dictionary in the format of another library, or read one"),
 }
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)

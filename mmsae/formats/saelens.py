@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
@@ -16,10 +14,22 @@ import mmsae
 from mmsae.artifact import write_folder
 from mmsae.cores import BatchTopK, JumpReLU, LinearCore, Matryoshka, ReLU, SAECore, TopK
 from mmsae.errors import MmsaeError
+from mmsae.formats.tensors import (
+    Answer,
+    as_float32,
+    check_tensors,
+    fill,
+    has_threshold,
+    read_json,
+    read_safetensors,
+    tensors_of,
+    unit_rows,
+)
 from mmsae.spec import TARGET, ActivationSpec
 
 CONFIG = "cfg.json"
 WEIGHTS = "sae_weights.safetensors"
+PACKAGE = "sae-lens"
 VERSION = "6.54.12"
 """The sae-lens that exports are checked against; from 6.0.0 on its loader leaves the config as it is."""
 
@@ -31,6 +41,11 @@ NOT_FOLDED = {
     "expected_average_only_in": "its factor is not in the file; in SAELens call fold_activation_norm_scaling_factor",
     "covariance_whitening": "its matrix is not in the file; in SAELens call fold_activation_whitening",
 }
+
+
+def recognises(path: Path) -> bool:
+    """Whether a folder is one of SAELens's."""
+    return (path / CONFIG).is_file() and (path / WEIGHTS).is_file()
 
 
 # ---- writing
@@ -49,14 +64,11 @@ def export(core: SAECore, folder: str | Path, metadata: dict[str, Any] | None = 
     """
     architecture, extra = _architecture(core)
     assert isinstance(core, LinearCore)
-    tensors = {name: getattr(core, name).detach().cpu().double() for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
-    tensors["W_enc"] = tensors["W_enc"].t()  # theirs is [d_in, d_latent]
-    if isinstance(core, JumpReLU):
-        tensors["threshold"] = core.theta.detach().cpu().double()
+    tensors = tensors_of(core, core.subtracts_b_dec)
     if isinstance(core, BatchTopK):
-        tensors["threshold"] = core.threshold.cpu().double().expand(core.d_latent)
-        _unit_rows(tensors)
-    weights = save_tensors({name: tensor.float().contiguous() for name, tensor in tensors.items()})
+        tensors["threshold"] = tensors["threshold"].expand(core.d_latent)
+        unit_rows(tensors)
+    weights = save_tensors(as_float32(tensors))
     config = {
         "architecture": architecture,
         "d_in": core.spec.d_in,
@@ -88,22 +100,12 @@ def _architecture(core: SAECore) -> tuple[str, dict[str, Any]]:
             f"SAELens has no architecture for a {what}; it takes ReLU, TopK, JumpReLU, BatchTopK and Matryoshka, "
             "and all but TopK as transcoders: keep this one in the format of mmsae."
         )
-    if isinstance(core, BatchTopK) and core.threshold < 0:
-        raise MmsaeError(f"this {type(core).__name__} has no inference threshold yet: train it before the export.")
+    assert isinstance(core, LinearCore)
+    has_threshold(core)
     if transcodes:
         name = {plain: full for full, plain in TRANSCODERS.items()}[name]
         return name, {"d_out": core.spec.d_out}
     return name, {"k": core.k, "rescale_acts_by_decoder_norm": False} if name == "topk" else {}
-
-
-def _unit_rows(tensors: dict[str, Tensor]) -> None:
-    """Decoder rows to norm 1, without changing what is selected or reconstructed; a zero row stays."""
-    norms = tensors["W_dec"].norm(dim=-1)
-    norms = torch.where(norms > 0, norms, 1.0)
-    tensors["W_dec"] = tensors["W_dec"] / norms[:, None]
-    for name in ("W_enc", "b_enc", "threshold"):
-        if name in tensors:
-            tensors[name] = tensors[name] * norms
 
 
 # ---- reading
@@ -112,14 +114,18 @@ def _unit_rows(tensors: dict[str, Tensor]) -> None:
 def read_config(folder: str | Path) -> dict[str, Any]:
     """The config of a SAELens folder in today's layout; `metadata` says which model and hook point it belongs to."""
     file = Path(folder) / CONFIG
-    if not file.is_file():
-        raise MmsaeError(f"{folder} holds no SAELens dictionary: there is no {CONFIG} in it.")
+    config = read_json(file, "SAELens")
     try:
-        config = json.loads(file.read_text())
         version = config.get("sae_lens_version") or config.get("metadata", {}).get("sae_lens_version") or "0"
         return config if int(str(version).split(".")[0]) >= 6 else _from_before_6(config)
     except (ValueError, AttributeError, TypeError, KeyError) as error:
         raise MmsaeError(f"{file} is no config of SAELens ({type(error).__name__}: {error}).") from error
+
+
+def about(folder: Path) -> dict[str, Any]:
+    """`model_name` and `hook_name`, as far as the config tells."""
+    metadata = read_config(folder).get("metadata") or {}
+    return {key: metadata[key] for key in ("model_name", "hook_name") if metadata.get(key)}
 
 
 def _from_before_6(old: dict[str, Any]) -> dict[str, Any]:
@@ -171,23 +177,15 @@ def load(folder: str | Path) -> SAECore:
 
     # SAELens's default is False for inference and True for training
     rescale = config.get("rescale_acts_by_decoder_norm", architecture in TRAINING)
-    scalar = tensors.pop("topk_threshold", None)
+    if "topk_threshold" in tensors:  # SAELens starts at 0: never measured
+        scalar = tensors.pop("topk_threshold")
+        tensors["threshold"] = torch.where(scalar > 0, scalar, -1.0)
     if rescale and architecture in ("topk", *TRAINING):
-        _unit_rows(tensors)
+        threshold = tensors.pop("threshold", None)  # of what was rescaled already
+        unit_rows(tensors)
+        tensors |= {"threshold": threshold} if threshold is not None else {}
     centred = bool(config.get("apply_b_dec_to_input", True)) and architecture not in TRANSCODERS
-    if centred != core.subtracts_b_dec:
-        shift = tensors["b_dec"] @ tensors["W_enc"]
-        tensors["b_enc"] = tensors["b_enc"] + (shift if core.subtracts_b_dec else -shift)
-    tensors["W_enc"] = tensors["W_enc"].t()
-    with torch.no_grad():
-        for name in ("W_enc", "b_enc", "W_dec", "b_dec"):
-            getattr(core, name).copy_(tensors[name])
-        if isinstance(core, JumpReLU):
-            core.theta.copy_(tensors["threshold"].clamp_min(0))  # SAELens multiplies by a ReLU as well
-            core.unit.fill_(1)
-        if isinstance(core, BatchTopK) and scalar is not None and scalar > 0:  # SAELens starts at 0: never measured
-            core.threshold.copy_(scalar)
-    return core.eval().requires_grad_(False)
+    return fill(core, tensors, centred)
 
 
 def _build(folder: Path, config: dict[str, Any], spec: ActivationSpec, d_latent: int) -> LinearCore:
@@ -219,22 +217,26 @@ def _read_tensors(file: Path, architecture: str, d_in: int, d_latent: int, d_out
         shapes["threshold"] = (d_latent,)
     if architecture in TRAINING:
         shapes["topk_threshold"] = ()
-    try:
-        tensors = {name: tensor.double() for name, tensor in load_tensors(file.read_bytes()).items()}
-    except (OSError, SafetensorError) as error:
-        raise MmsaeError(f"{file} is missing or damaged ({error}).") from error
+    tensors = read_safetensors(file)
     if "log_threshold" in tensors and "threshold" in shapes:  # training checkpoints of sae-lens before 6.40
         tensors["threshold"] = tensors.pop("log_threshold").exp()
     if not (tensors.pop("scaling_factor", torch.ones(())) == 1).all():
         raise MmsaeError(f"{file} has a scaling_factor other than 1, of a finetuning that sae-lens 6 no longer reads.")
-    for name in sorted({*shapes, *tensors}):
-        if name not in tensors:
-            raise MmsaeError(f"{file} has no tensor {name!r}, which the architecture {architecture!r} needs.")
-        if name not in shapes:
-            raise MmsaeError(f"{file} has a tensor {name!r}, which the architecture {architecture!r} does not know.")
-        if tuple(tensors[name].shape) != shapes[name]:
-            shape = list(tensors[name].shape)
-            raise MmsaeError(f"tensor {name!r} in {file} has the shape {shape} instead of {list(shapes[name])}.")
-        if not torch.isfinite(tensors[name]).all():
-            raise MmsaeError(f"tensor {name!r} in {file} has values that are not finite.")
-    return tensors
+    return check_tensors(tensors, shapes, file, f"the architecture {architecture!r}")
+
+
+def ask(folder: Path) -> Answer:
+    """What SAELens itself makes of a folder.
+
+    Raises:
+        ImportError: It is not installed.
+    """
+    from sae_lens import SAE
+
+    theirs = SAE.load_from_disk(folder)
+
+    def answer(x: Tensor) -> tuple[Tensor, Tensor]:
+        codes = theirs.encode(x)
+        return codes, theirs.decode(codes)
+
+    return answer

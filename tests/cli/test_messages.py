@@ -75,7 +75,7 @@ def test_a_wrong_file_is_one_sentence_that_names_it(refused, text, said):
         (["evaluate", "--run=nix"], "nix is no run of mmsae fit"),
         (["report", "--run=nix"], "nix has no results to draw"),
         (["convert", "--sae=./nix", "--out=y"], "nix does not exist"),
-        (["convert", "--sae=./nix", "--out=y", "--to=foo"], "--to=foo is none of 'saelens', 'mmsae'"),
+        (["convert", "--sae=./nix", "--out=y", "--to=foo"], "--to=foo is none of 'saelens', 'sparsify'"),
         (["extract", "--model.out=x", "--data=Scnes"], "no ActivationDataModule is called so; nearest: Scenes"),
         (["extract", "--model.out=x", "--data=Scenes"], "Scenes needs activations: give --data.source"),
         (["validate", *TOPK, *STORED], "give --ckpt_path"),

@@ -126,8 +126,17 @@ def test_also_equals_each_alone(fit):
 
 
 @pytest.mark.parametrize("name", sorted(n for n, c in subclasses(SAECore).items() if c.__module__.startswith("mmsae.")))
-def test_every_core_trains(fit, name):
-    run = fit(core=[f"--model.core={name}", "--model.core.d_latent=32"], steps=5)
+def test_every_core_trains(fit, name, capsys):
+    width = 128 if name in ("MultiTopK", "PolySAE") else 32  # room for the default k
+    core = [f"--model.core={name}", f"--model.core.d_latent={width}"]
+    if name == "PolySAE":
+        core += ["--model.core.rank2=8", "--model.core.rank3=8"]  # at most the width
+    if name == "SkipTranscoder":  # the store has no second stream
+        with pytest.raises(SystemExit):
+            fit(core=core, steps=5)
+        assert "SkipTranscoder needs a stream 'target'" in capsys.readouterr().err
+        return
+    run = fit(core=core, steps=5)
     assert type(mmsae.load(run)).__name__ == name
 
 

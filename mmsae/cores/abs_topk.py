@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import ClassVar
 
 from mmsae.cores.topk import TopK
-from mmsae.spec import ActivationSpec
 
 
 class AbsTopK(TopK):
@@ -25,14 +24,3 @@ class AbsTopK(TopK):
     """
 
     signed: ClassVar[bool] = True
-
-    def __init__(
-        self,
-        spec: ActivationSpec | int,
-        d_latent: int,
-        k: int = 32,
-        aux_coefficient: float = 1 / 32,
-        k_aux: int | None = None,
-        dead_after: int = 10_000_000,
-    ) -> None:
-        super().__init__(spec, d_latent, k, aux_coefficient, k_aux, dead_after)

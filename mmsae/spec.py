@@ -59,6 +59,11 @@ class ActivationSpec(NamedTuple):
         return cls(streams)
 
 
+def in_float32(batch: Batch) -> Batch:
+    """The batch with its activations in float32, whatever they were stored in."""
+    return {**batch, ACTS: {stream: x.float() for stream, x in batch[ACTS].items()}}
+
+
 def rows_of(batch: Batch) -> int:
     """Number of activation rows in a batch."""
     return len(next(iter(batch[ACTS].values())))

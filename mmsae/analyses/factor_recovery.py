@@ -15,6 +15,7 @@ from mmsae.cores import Neurons, RandomDictionary, SAECore
 from mmsae.latents import LatentStore
 from mmsae.metrics.recovery import Recovery, f1_score, recover
 from mmsae.results import Result, Table
+from mmsae.spec import in_float32
 
 GOOD = 0.9
 """AUROC from which a latent counts as standing for a value."""
@@ -139,7 +140,7 @@ def pooled(cores: dict[str, SAECore], batches: Any, label: str) -> tuple[dict[st
     for batch in tqdm(batches, desc=label, leave=False, disable=None):
         own, place = batch["sample_id"].cpu().unique(return_inverse=True)
         for name, core in cores.items():
-            z = core.encode(core.inputs(batch).float(), batch).dense()
+            z = core.encode(core.inputs(in_float32(batch)), batch).dense()
             z = torch.cat([z, -z], dim=1) if core.signed else z
             parts[name].append(strongest(z, place, len(own)))
         ids.append(own)

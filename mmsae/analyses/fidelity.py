@@ -14,7 +14,7 @@ from mmsae.cores import PCA, SAECore
 from mmsae.latents import LatentStore
 from mmsae.metrics import Fidelity as Measure
 from mmsae.results import Plot, Result, Table
-from mmsae.spec import ACTS, rows_of
+from mmsae.spec import ACTS, in_float32, rows_of
 
 
 class Fidelity(Analysis):
@@ -70,11 +70,14 @@ class Fidelity(Analysis):
 @torch.no_grad()
 def measure(cores: dict[str, SAECore], batches: Any) -> dict[str, Measure]:
     """Fidelity of some cores over batches of raw activations, in one pass."""
-    found = {name: Measure(core.spec.d_out, core.d_latent) for name, core in cores.items()}
-    for batch in batches:
+    widths = {name: sum(core.spec.streams[stream] for stream in core.outputs) for name, core in cores.items()}
+    found = {name: Measure(widths[name], core.d_latent) for name, core in cores.items()}
+    for batch in map(in_float32, batches):
         for name, core in cores.items():
-            codes = core.encode(core.inputs(batch).float(), batch)
-            found[name].update(core.target(batch), core.decode(codes), codes)  # type: ignore[arg-type]
+            codes = core.encode(core.inputs(batch), batch)
+            outputs = core.by_stream(core.decode(codes))
+            target = torch.cat([batch[ACTS][stream] for stream in outputs], -1)
+            found[name].update(target, torch.cat(list(outputs.values()), -1), codes)
     return found
 
 
@@ -88,8 +91,7 @@ def fitted_pca(core: SAECore, data: Any, n_rows: int, k: int | None = None) -> P
     if key not in known:
         fresh, seen = PCA(core.spec), 0
         for batch in data.rows("train"):
-            rows = {ACTS: {name: x.float() for name, x in batch[ACTS].items()}}
-            fresh.partial_fit(rows)
+            fresh.partial_fit(in_float32(batch))
             fresh.count(torch.ones(fresh.d_latent), rows_of(batch))
             seen += rows_of(batch)
             if seen >= n_rows:

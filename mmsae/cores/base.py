@@ -180,6 +180,12 @@ class SAECore(nn.Module, ABC):
         """Streams that are reconstructed."""
         return [TARGET if TARGET in self.spec.streams else self.spec.input]
 
+    def by_stream(self, reconstruction: Tensor | dict[str, Tensor]) -> dict[str, Tensor]:
+        """A reconstruction by stream, in the order of `outputs`."""
+        if isinstance(reconstruction, Tensor):
+            return {self.outputs[0]: reconstruction}
+        return {stream: reconstruction[stream] for stream in self.outputs}
+
     def forward(self, x: Tensor) -> Tensor | dict[str, Tensor]:
         """Reconstruction of activations."""
         return self.decode(self.encode(x))

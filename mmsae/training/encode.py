@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import mmsae.artifact
 from mmsae.files import sha256
-from mmsae.spec import ACTS, Batch
+from mmsae.spec import ACTS, Batch, in_float32
 from mmsae.store import CodeWriter
 from mmsae.store.manifest import MANIFEST
 from mmsae.training.writing import StoreWritingModule
@@ -63,9 +63,8 @@ class EncodeModule(StoreWritingModule[CodeWriter]):
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """One batch, to disk."""
-        x: Any = self.core.inputs(batch)
         columns = {name: column for name, column in batch.items() if name != ACTS}
-        self.writer_of(dataloader_idx).add(self.core.encode(x.float(), batch), columns)
+        self.writer_of(dataloader_idx).add(self.core.encode(self.core.inputs(in_float32(batch)), batch), columns)
 
     def finish(self, split: Split, writer: CodeWriter) -> None:
         """Write the manifest."""

@@ -243,7 +243,7 @@ class SAEModule(L.LightningModule):
             return
         numbers = {"loss": total, **{f"loss/{term}": value for term, value in losses.terms.items()}}
         target = torch.cat([batch[ACTS][stream] for stream in core.outputs], -1)
-        reconstruction = torch.cat(list(by_stream(core, losses.reconstruction).values()), -1)
+        reconstruction = torch.cat(list(core.by_stream(losses.reconstruction).values()), -1)
         numbers["fvu"] = squared_error(target, reconstruction.float()) / variance(target)
         numbers["l0"] = losses.codes.l0().float().mean()
         dead_after = getattr(core, "dead_after", 10_000_000)
@@ -300,7 +300,7 @@ class SAEModule(L.LightningModule):
         normalised = self.normalised(batch)
         for name, core in self._cores():
             codes = core.encode(core.inputs(normalised), normalised)
-            outputs = by_stream(core, core.decode(codes))
+            outputs = core.by_stream(core.decode(codes))
             raw = torch.cat([self._normaliser(stream).invert(out.float()) for stream, out in outputs.items()], -1)
             x = torch.cat([batch[ACTS][stream].float() for stream in outputs], -1)
             self.fidelity[name].update(x, raw, codes)  # type: ignore[operator]
@@ -365,13 +365,6 @@ class SAEModule(L.LightningModule):
             affine = {s: self._normaliser(s).affine for s in core.spec.streams}
             core.fold({s: a._replace(mean=a.mean.cpu(), scale=a.scale.cpu()) for s, a in affine.items()})
         return core.eval().requires_grad_(False)
-
-
-def by_stream(core: SAECore, reconstruction: Tensor | dict[str, Tensor]) -> dict[str, Tensor]:
-    """What a core reconstructs, by stream, in the order of its `outputs`."""
-    if isinstance(reconstruction, Tensor):
-        return {core.outputs[0]: reconstruction}
-    return {stream: reconstruction[stream] for stream in core.outputs}
 
 
 def log_density(logger: Any, name: str, metric: Fidelity, step: int) -> None:

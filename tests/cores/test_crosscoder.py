@@ -3,6 +3,7 @@ import torch
 from synthetic import low_coherence, train
 from torch.testing import assert_close
 
+from mmsae.analyses.fidelity import measure
 from mmsae.cores import Crosscoder
 from mmsae.cores.base import Affine, Losses
 from mmsae.errors import MmsaeError
@@ -150,3 +151,14 @@ def test_t18_shared_and_exclusive_features_are_told_apart(seed):
     assert exclusive >= 0.95
     # one norm for all streams tells them apart too where features are this clean, but leaks into the other stream
     assert leak < 0.2 * seen["OneNorm"][3]
+
+
+def test_fidelity_is_measured_over_all_streams():
+    torch.manual_seed(0)
+    core = Crosscoder({"one": 5, "other": 7}, 16, l1_coefficient=0.1).eval()
+    acts = {"one": torch.randn(40, 5).half(), "other": torch.randn(40, 7).half()}
+    fvu = measure({"core": core}, [{ACTS: acts}])["core"].compute()["fvu"]
+    x = torch.cat([t.float() for t in acts.values()], -1)
+    with torch.no_grad():
+        out = torch.cat(list(core({name: t.float() for name, t in acts.items()}).values()), -1)
+    assert float(fvu) == pytest.approx(float((x - out).pow(2).sum() / (x - x.mean(0)).pow(2).sum()), rel=1e-5)

@@ -34,9 +34,9 @@ def test_there_and_back_with_check(to, sae, store, capsys):
 
 
 def test_from_one_library_to_another_keeps_model_and_hook_point(capsys):
-    main(["convert", str(GOLDEN / "dictionary_learning_AutoEncoderTopK"), "sparsify", "--to=sparsify", "--check"])
-    assert formats.detect("sparsify") == "sparsify"
-    assert "resid_post_layer_1" in Path("sparsify/cfg.json").read_text()
+    main(["convert", str(GOLDEN / "dictionary_learning_AutoEncoderTopK"), "theirs", "--to=sparsify", "--check"])
+    assert formats.detect("theirs") == "sparsify"
+    assert "resid_post_layer_1" in Path("theirs/cfg.json").read_text()
     assert "largest difference" in capsys.readouterr().out
 
 

@@ -35,7 +35,7 @@ SCENES = ["--data=Scenes", "--data.source=OpenCLIP"]
         ([*TOPK, *STORED, "--model.normalise=foo"], "--model.normalise=foo is none of 'none', 'center'"),
         (["--config=nofile.yaml"], "there is no file"),
         (TOPK, "give --data (ImageFolder, Scenes"),
-        (STORED, "give --model.core (AbsTopK, Archetypal"),
+        (STORED, "give --model.core (AbsTopK"),
         (["--model.core=TopK", *STORED], "TopK needs --model.core.d_latent."),
         ([*TOPK, *SCENES, "--data.source.hook_points=[a]"], "OpenCLIP needs --data.source.model."),
         ([*TOPK, "--data.n_train=3"], "name the class before its options: --data=NAME (ImageFolder"),

@@ -116,7 +116,7 @@ def test_export_reads_back_equal(name, tmp_path):
 @pytest.mark.parametrize("name", EXPORTED)
 def test_the_library_itself_computes_the_same_from_our_export(name, tmp_path):
     library = name.partition("-")[0]
-    module = {"sparsify": "sparsify", "dictionary_learning": "dictionary_learning.utils"}[library]
+    module = {"sparsify": "sparsify.utils", "dictionary_learning": "dictionary_learning.utils"}[library]
     pytest.importorskip(module, reason=f"{EXTRA[library]} is not installed: pip install mmsae[benchmark]")
     core = randomised(EXPORTED[name]())
     codes, reconstruction = formats.READ[library].ask(formats.export(core, tmp_path / "sae", library))(X)

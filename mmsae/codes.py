@@ -67,3 +67,17 @@ class Codes:
     def __getitem__(self, rows: slice | Tensor | int) -> Codes:
         indices = None if self.indices is None else self.indices[rows]
         return Codes(self.values[rows], indices, self.d_latent, {k: v[rows] for k, v in self.extra.items()})
+
+
+def merge_repeats(values: Tensor, indices: Tensor) -> Tensor:
+    """Values of a pair list in which a latent may occur several times, summed where it occurs first.
+
+    Args:
+        values: `[..., n]`.
+        indices: `[..., n]`.
+
+    Returns:
+        `[..., n]`, 0 at later occurrences, as `Codes` wants it.
+    """
+    first = (indices[..., :, None] == indices[..., None, :]).int().argmax(-1)
+    return torch.zeros_like(values).scatter_add(-1, first, values)

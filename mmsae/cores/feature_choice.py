@@ -140,11 +140,9 @@ class FeatureChoice(TopK):
             rows, latents = torch.cat(found, dim=1)
             rows, order = rows.sort(stable=True)
             counts = torch.bincount(rows, minlength=n_rows)
-            width = max(int(counts.max()), 1) if n_rows else 1
-            indices, pairs = Pairs.ragged(latents[order], rows, counts, width, self.d_latent)
+            indices, pairs = Pairs.ragged(latents[order], rows, counts, self.d_latent)
         values = pairs.padded(encode_pairs(flat, table, bias, pairs, centre), indices.shape)
-        if x.ndim != 2:
-            values, indices = values.view(*x.shape[:-1], -1), pairs.reshaped(indices, x.shape[:-1])
+        values, indices = pairs.reshaped(values, indices, x.shape[:-1])
         return Codes(values.relu(), indices, self.d_latent)
 
     def losses(self, batch: Batch) -> Losses:

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mmsae.codes import Codes
+from mmsae.codes import Codes, merge_repeats
 from mmsae.cores.base import Affine
 from mmsae.cores.linear import LinearCore
 from mmsae.errors import MmsaeError, checked
@@ -76,7 +76,8 @@ class ITDA(LinearCore):
             residual = residual - sparse_decode(value, index, rows)
             values.append(value)
             indices.append(index)
-        return Codes(*_merged(torch.cat(values, -1), torch.cat(indices, -1)), self.d_latent)
+        chosen = torch.cat(indices, -1)
+        return Codes(merge_repeats(torch.cat(values, -1), chosen), chosen, self.d_latent)
 
     @torch.no_grad()
     def partial_fit(self, batch: Batch) -> None:
@@ -136,9 +137,3 @@ class ITDA(LinearCore):
         super().fold(affine)
         if affine[self.spec.input].scale.ndim == 0 and self.n_atoms > 0:
             self.rescale(self.W_dec[: int(self.n_atoms)].norm(dim=-1).mean().expand(self.d_latent))
-
-
-def _merged(values: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-    """Coefficients of a latent that was chosen in several steps, summed at the first; `[..., k]` each."""
-    first = (indices[..., :, None] == indices[..., None, :]).int().argmax(-1)
-    return torch.zeros_like(values).scatter_add(-1, first, values), indices

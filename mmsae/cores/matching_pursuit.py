@@ -7,13 +7,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from mmsae.codes import Codes
+from mmsae.codes import Codes, merge_repeats
 from mmsae.cores.base import Affine, Losses, SAECore, squared_error, variance
 from mmsae.errors import MmsaeError, checked
 from mmsae.kernels import dense_linear, linear_topk, sparse_decode
+from mmsae.kernels.cpu import rows_per_chunk
 from mmsae.spec import TARGET, ActivationSpec, Batch
 
-CHUNK_BYTES = 8 << 20  # correlations held at a time
 GRAM_LATENTS = 16384  # beyond this the products of all pairs of latents take more than a gigabyte
 
 
@@ -107,8 +107,7 @@ class MatchingPursuit(SAECore):
             value = value.relu() * (residual.detach().norm(dim=-1) > stop)
             residual = residual - value[:, None] * row
             taken.append(value)
-        first = (indices[:, :, None] == indices[:, None, :]).int().argmax(-1)  # where each latent came first
-        values = torch.zeros_like(chosen[..., 0]).scatter_add(-1, first, torch.stack(taken, -1))
+        values = merge_repeats(torch.stack(taken, -1), indices)
         shape = (*x.shape[:-1], steps)
         return Codes(values.view(shape), indices.view(shape), self.d_latent)
 
@@ -125,7 +124,7 @@ class MatchingPursuit(SAECore):
             return indices
         with torch.autocast(residual.device.type, enabled=False):
             products = atoms @ atoms.t()
-            rows = max(256, CHUNK_BYTES // (self.d_latent * atoms.element_size()))
+            rows = rows_per_chunk(atoms)
             for begin in range(0, n, rows):
                 correlation = residual[begin : begin + rows] @ atoms.t()
                 for step in range(steps):

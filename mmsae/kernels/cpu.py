@@ -60,6 +60,11 @@ def pair_dots(rows: Tensor, columns: Tensor, x: Tensor, table: Tensor) -> Tensor
     )
 
 
+def rows_per_chunk(table: Tensor) -> int:
+    """Rows whose pre-activations are held at a time, in the precision of `table` `[m, d]`; fewer multiply slowly."""
+    return max(256, CHUNK_BYTES // (len(table) * table.element_size()))
+
+
 def select(
     x: Tensor, table: Tensor, bias: Tensor | None, k: int, dtype: torch.dtype, signed: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -80,10 +85,9 @@ def select(
     Returns:
         indices int64 `[n, k]`, unordered, and their scores `[n, k]`, float32 at least.
     """
-    m = len(table)
     table = table.to(dtype)
     bias = None if bias is None else bias.to(dtype)
-    rows = max(256, CHUNK_BYTES // (m * table.element_size()))
+    rows = rows_per_chunk(table)
     wide = torch.promote_types(dtype, torch.float32)
     indices = torch.empty(len(x), k, dtype=torch.int64)
     scores = torch.empty(len(x), k, dtype=wide)
@@ -132,7 +136,7 @@ def above(
     m = len(table)
     table, lower = table.to(dtype), lower.to(dtype)
     bias = None if bias is None else bias.to(dtype)
-    step = max(256, CHUNK_BYTES // (m * table.element_size()))
+    step = rows_per_chunk(table)
     places, entries = [torch.empty(0, dtype=torch.int64)], [x.new_empty(0, dtype=dtype)]
     for begin in range(0, len(x), step):
         pre = linear(x[begin : begin + step].to(dtype), table, bias)

@@ -61,8 +61,8 @@ class _NestedError(torch.autograd.Function):
         by_groups = torch.empty_like(groups)
         last = torch.empty_like(target)
         total = groups.new_zeros((), dtype=torch.float64)
-        for rows in torch.arange(n_rows, device="cpu").split(ROWS):
-            part = slice(int(rows[0]), int(rows[-1]) + 1)
+        for begin in range(0, n_rows, ROWS):
+            part = slice(begin, begin + ROWS)
             nested = groups[part].cumsum(1) + bias
             last[part] = nested[:, -1]
             nested -= target[part, None]

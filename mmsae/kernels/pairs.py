@@ -77,35 +77,35 @@ class Pairs:
         Returns:
             indices `[n_rows, width]`, 0 where padded, and the pairs.
         """
-        counts = used.sum(-1)
-        width = max(int(counts.max()), 1) if len(counts) else 1
         rows, columns = used.nonzero(as_tuple=True)
-        return cls.ragged(indices[rows, columns], rows, counts, width, n_latents)
+        return cls.ragged(indices[rows, columns], rows, used.sum(-1), n_latents)
 
     @classmethod
-    def ragged(cls, latents: Tensor, rows: Tensor, counts: Tensor, width: int, n_latents: int) -> tuple[Tensor, Pairs]:
-        """Pairs given row by row, and their padded list.
+    def ragged(cls, latents: Tensor, rows: Tensor, counts: Tensor, n_latents: int) -> tuple[Tensor, Pairs]:
+        """Pairs given row by row, and their padded list, as wide as the fullest row; waits for the device.
 
         Args:
             latents: int64 `[n_pairs]`.
             rows: int64 `[n_pairs]`, ascending.
             counts: Pairs of each row, int64 `[n_rows]`.
-            width: At least the largest count.
             n_latents: Number of columns.
 
         Returns:
             indices `[n_rows, width]`, 0 where padded, and the pairs.
         """
+        width = max(int(counts.max()), 1) if len(counts) else 1
         offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
         places = torch.arange(len(latents), device=latents.device) + (rows * width - offsets.index_select(0, rows))
         indices = latents.new_zeros(len(counts) * width).index_copy_(0, places, latents).view(-1, width)
         return indices, cls(offsets, latents, rows, n_latents, places)._remember(indices)
 
-    def reshaped(self, indices: Tensor, leading: torch.Size) -> Tensor:
-        """The padded list with other leading dimensions, for the same pairs."""
-        indices = indices.view(*leading, indices.shape[-1])
-        self._remember(indices)
-        return indices
+    def reshaped(self, values: Tensor, indices: Tensor, leading: torch.Size) -> tuple[Tensor, Tensor]:
+        """A padded list of values and indices `[n_rows, n]` with other leading dimensions, for the same pairs."""
+        if len(leading) != 1:
+            shape = (*leading, indices.shape[-1])
+            values, indices = values.view(shape), indices.view(shape)
+            self._remember(indices)
+        return values, indices
 
     def _remember(self, indices: Tensor) -> Pairs:
         _known[indices] = _version(indices), self

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -53,7 +54,7 @@ def selection_dtype(like: Tensor) -> torch.dtype:
 @cache
 def fast_dtype(device: str = "cpu") -> torch.dtype:
     """bfloat16 where it multiplies matrices at least 1.3 times as fast as float32 on this device, else float32."""
-    low, full = (_seconds(lambda x, w: linear(x, w), dtype, device) for dtype in (torch.bfloat16, torch.float32))
+    low, full = (_seconds(linear, dtype, device) for dtype in (torch.bfloat16, torch.float32))
     return torch.bfloat16 if 1.3 * low <= full else torch.float32
 
 
@@ -76,14 +77,12 @@ def _prefers_onednn(dtype: torch.dtype, n_threads: int) -> bool:
     if dtype == torch.bfloat16:
         return True  # the same library either way, but this way the bias takes no pass of its own
     plain = _seconds(torch.nn.functional.linear, dtype, "cpu")
-    return (
-        _seconds(lambda x, w: _onednn(x, w, None), dtype, "cpu") < plain / 1.3
-    )  # by a margin, so that every run on a machine decides alike
+    # by a margin, so that every run on a machine decides alike
+    return _seconds(lambda x, w: _onednn(x, w, None), dtype, "cpu") < plain / 1.3
 
 
-def _seconds(product: object, dtype: torch.dtype, device: str) -> float:
+def _seconds(product: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype, device: str) -> float:
     """Least time of a few products of 256 x 512 by 512 x 2048 (larger on an accelerator)."""
-    assert callable(product)
     rows = 256 if device == "cpu" else 4096
     x, table = (torch.full((n, 512), 1.0, dtype=dtype, device=device) for n in (rows, 2048))
     times = []

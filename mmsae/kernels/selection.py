@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmsae.kernels import cpu
 from mmsae.kernels.pairs import Pairs
-from mmsae.kernels.precision import CROSSOVER, LOW, selection_dtype
+from mmsae.kernels.precision import CROSSOVER, selection_dtype
 from mmsae.kernels.products import bodies, dots, encode_pairs
 
 
@@ -43,7 +43,7 @@ def linear_topk(
         values `[..., k]`, indices int64 `[..., k]`, unordered.
     """
     flat = x.reshape(-1, x.shape[-1])
-    dtype = _choice(table)
+    dtype = selection_dtype(table)
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         inner = flat if centre is None else flat - centre
         width = k
@@ -85,7 +85,7 @@ def linear_batch_topk(
     """
     flat = x.reshape(-1, x.shape[-1])
     n_rows, d_latent = len(flat), len(table)
-    dtype = _choice(table)
+    dtype = selection_dtype(table)
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         inner = flat if centre is None else flat - centre
         mean = max(1, -(-budget // max(n_rows, 1)))
@@ -101,9 +101,7 @@ def linear_batch_topk(
     values = pairs.padded(encode_pairs(flat, table, bias, pairs, centre, exact), indices.shape)
     if x.device.type != "cpu":
         values = values * kept
-    if x.ndim != 2:
-        values, indices = values.view(*x.shape[:-1], -1), pairs.reshaped(indices, x.shape[:-1])
-    return values, indices
+    return pairs.reshaped(values, indices, x.shape[:-1])
 
 
 def linear_above(
@@ -134,7 +132,7 @@ def linear_above(
     if x.device.type != "cpu":
         return None
     flat = x.reshape(-1, x.shape[-1])
-    dtype = _choice(table)
+    dtype = selection_dtype(table)
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
         inner = flat if centre is None else flat - centre
         # low precision rounds at 1/256: with this margin nothing above the bound is missed
@@ -144,18 +142,10 @@ def linear_above(
             return None
         rows, latents, known = found
         counts = torch.bincount(rows, minlength=len(flat))
-        width = max(int(counts.max()), 1) if len(flat) else 1
-        indices, pairs = Pairs.ragged(latents, rows, counts, width, len(table))
+        indices, pairs = Pairs.ragged(latents, rows, counts, len(table))
         exact = known if dtype == table.dtype else None
     values = pairs.padded(encode_pairs(flat, table, bias, pairs, centre, exact), indices.shape, padding)
-    if x.ndim != 2:
-        values, indices = values.view(*x.shape[:-1], -1), pairs.reshaped(indices, x.shape[:-1])
-    return values, indices
-
-
-def _choice(table: Tensor) -> torch.dtype:
-    dtype = selection_dtype(table)
-    return dtype if dtype in LOW else table.dtype
+    return pairs.reshaped(values, indices, x.shape[:-1])
 
 
 def _cut(scores: Tensor, budget: int) -> Tensor:

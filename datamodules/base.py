@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import lightning as L
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 
@@ -18,6 +19,7 @@ from mmsae.sources import Source
 from mmsae.sources.items import render_image
 from mmsae.spec import ActivationSpec, Batch, map_batch
 from mmsae.store import Batches, DiskChunks, LiveChunks, Statistics, Store
+from mmsae.store.batches import first_rows
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
@@ -38,6 +40,10 @@ class ActivationDataModule(L.LightningDataModule):
         examples_per_forward: Examples per forward pass of the source.
         seed: Of the order of rows.
         columns: Metadata columns that training batches carry, for cores that need them.
+        gradients: Whether rows carry the gradient of the model's loss by the activation, for cores that need it;
+            extraction then writes it and takes a backward pass more.
+        whole_examples: Whether training batches are `batch_size` examples for the model, for end-to-end training,
+            not activation rows.
         verify: "checksum" reads every stored byte once before training; "size" only finds truncated files.
     """
 
@@ -55,6 +61,8 @@ class ActivationDataModule(L.LightningDataModule):
         examples_per_forward: int = 64,
         seed: int = 0,
         columns: list[str] | None = None,
+        gradients: bool = False,
+        whole_examples: bool = False,
         verify: Literal["checksum", "size"] = "checksum",
     ) -> None:
         super().__init__()
@@ -68,6 +76,9 @@ class ActivationDataModule(L.LightningDataModule):
         self.block_rows = checked("block_rows", block_rows, 1)
         self.examples_per_forward = checked("examples_per_forward", examples_per_forward, 1)
         self.seed, self.columns, self.verify = seed, list(columns or []), verify
+        self.gradients, self.whole_examples = gradients, whole_examples
+        if whole_examples and source is None:
+            raise MmsaeError("whole_examples=true runs the model in every step: give --data.source.")
         self._stores: dict[str, Store] = {}
 
     def items(self, split: Split) -> Dataset[dict[str, Any]]:
@@ -141,9 +152,11 @@ class ActivationDataModule(L.LightningDataModule):
 
     # ---- loaders
 
-    def train_dataloader(self) -> TrainedBatches:
+    def train_dataloader(self) -> TrainedBatches | ExampleBatches:
         """Shuffled batches, resumable in the middle of an epoch."""
-        store, share = self.stored("train"), self._share()
+        if self.whole_examples:
+            return ExampleBatches(self, *self._share())
+        store, share = self.stored("train"), (*self._share(), self.gradients)
         chunk_rows = max(self.chunk_rows - self.chunk_rows % self.batch_size, self.batch_size)
         if store is not None:
             chunks = DiskChunks(store, chunk_rows, self.block_rows, self.columns, *share)
@@ -212,6 +225,57 @@ class TrainedBatches(Batches):
         return self._taken or super().state_dict()
 
 
+class ExampleBatches:
+    """Whole examples in a random order, collated for the model: what end-to-end training reads; resumable.
+
+    Args:
+        data: Where they come from.
+        rank: Which share of each epoch.
+        world_size: Number of shares.
+    """
+
+    def __init__(self, data: ActivationDataModule, rank: int = 0, world_size: int = 1) -> None:
+        self.data, self.rank, self.world_size = data, rank, world_size
+        self.items = _not_empty(data.items("train"), type(data).__name__, "train")
+        self.epoch, self.used, self.resumed = -1, 0, False
+
+    def __len__(self) -> int:
+        share = len(self.items) // self.world_size  # type: ignore[arg-type]
+        return -(-share // self.data.batch_size)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        assert self.data.source is not None
+        if not self.resumed:
+            self.epoch, self.used = self.epoch + 1, 0
+        self.resumed = False
+        n = len(self.items)  # type: ignore[arg-type]
+        order = np.random.default_rng([self.data.seed, self.epoch, 0]).permutation(n)
+        order = order[: n - n % self.world_size][self.rank :: self.world_size]
+        for start in range(self.used * self.data.batch_size, len(order), self.data.batch_size):
+            chosen = order[start : start + self.data.batch_size]
+            self.used += 1
+            yield self.data.source.collate([self.items[int(i)] for i in chosen])
+
+    def sample(self, n_rows: int) -> Batch:
+        """Activation rows of the first examples, without moving the position."""
+        source = self.data.source
+        assert source is not None
+        return first_rows((source.read(batch) for batch in ExampleBatches(self.data)), n_rows)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position in the running epoch."""
+        return {"seed": self.data.seed, "epoch": self.epoch, "used": self.used}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a position; the next `iter` finishes that epoch."""
+        if state["seed"] != self.data.seed:
+            raise MmsaeError(
+                f"the checkpoint was made with another data seed than {self.data.seed}: resume with that one."
+            )
+        self.epoch, self.used = state["epoch"], state["used"]
+        self.resumed = self.used < len(self)
+
+
 class Rows:
     """Activation rows of a split in order, with all their metadata.
 
@@ -239,13 +303,13 @@ class Rows:
     def __iter__(self) -> Iterator[Batch]:
         if self.store is not None:
             for piece in self.store.cuts(self.data.batch_size)[self.first :: self.step]:
-                yield self.store.read([piece])
+                yield self.store.read([piece], gradients=self.data.gradients and self.store.manifest.gradients)
             return
         assert self.loader is not None
         assert self.data.source is not None
         for items in self.loader:
             with torch.no_grad():
-                rows = self.data.source.read(items)
+                rows = self.data.source.read(items, self.data.gradients)
             yield map_batch(rows, lambda t: t.cpu())  # where dictionaries that are analysed are
 
 

@@ -29,7 +29,7 @@ from mmsae.containers import find, of_call, put, put_call
 from mmsae.errors import MmsaeError, nearest
 from mmsae.layout import from_positions, to_positions
 
-__all__ = ["HookPoint", "capture", "edit", "from_positions", "parse", "resolve", "to_positions"]
+__all__ = ["HookPoint", "capture", "differentiable", "edit", "from_positions", "parse", "resolve", "to_positions"]
 
 Where = Literal["output", "input", "delta"]
 SYNTAX = re.compile(r"(?P<path>[^:]*)(:(?P<where>input|output|delta)(\[(?P<select>[^\[\]]+)\])?)?")
@@ -208,6 +208,31 @@ def edit(model: nn.Module, edits: Mapping[str, Callable[[Tensor], Tensor]]) -> I
                 hooks.callback(handle.remove)
         yield
     _all_fired(model, points, fired)
+
+
+@contextmanager
+def differentiable(model: nn.Module, hook_points: Sequence[HookPoint | str]) -> Iterator[dict[str, Tensor]]:
+    """As `capture`, but to the end of the forward pass, and with tensors that a loss can be differentiated by.
+
+    The graph begins at the first of the points, so weights may be frozen.
+
+    Args:
+        model: The model that will be run, once, inside the `with`.
+        hook_points: Resolved points, or patterns.
+
+    Yields:
+        Name of the point to the tensor, for `torch.autograd.grad(loss, list(found.values()))`.
+    """
+    found: dict[str, Tensor] = {}
+
+    def keep(name: str, tensor: Tensor) -> Tensor:
+        if name in found:
+            return tensor
+        found[name] = tensor if tensor.requires_grad else tensor.detach().requires_grad_()
+        return found[name].clone()  # later modules may write in place, which a leaf forbids
+
+    with edit(model, {point.name: partial(keep, point.name) for point in _points(model, hook_points)}):
+        yield found
 
 
 class _Stop(BaseException):  # not an Exception: the model's own `except Exception` must not swallow it

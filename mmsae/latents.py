@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 from scipy import sparse
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from mmsae.cores.base import SAECore
 from mmsae.errors import MmsaeError
-from mmsae.spec import ACTS, Batch, rows_of
+from mmsae.spec import Batch, in_float32, rows_of
 from mmsae.store import CodeStore
 
 PAIRS_AT_ONCE = 1 << 24
@@ -65,10 +66,10 @@ class LatentStore:
         n_rows = 0
         for batch in tqdm(batches, desc=f"encoding {split}".strip(), leave=False, disable=None):
             with torch.no_grad():
-                codes = core.encode(batch[ACTS][core.spec.input].float(), batch)
+                codes = core.encode(core.inputs(in_float32(batch)), batch)
             parts.append(to_csr(codes))
             for name, column in batch.items():
-                if name != ACTS:
+                if isinstance(column, Tensor):
                     columns.setdefault(name, []).append(column.cpu().numpy())
             n_rows += rows_of(batch)
             if n_rows >= max_rows:

@@ -11,11 +11,14 @@ from mmsae.errors import MmsaeError
 ACTS = "acts"
 """Batch key of the activations: a dict from stream name to a tensor `[rows, width]`."""
 
+GRADS = "grads"
+"""Batch key of the gradients of the model's loss by the activations: a dict as `acts`, for cores that need it."""
+
 TARGET = "target"
 """Stream that a transcoder reconstructs; without it the input is its own target."""
 
 Batch = dict[str, Any]
-"""`acts` plus one tensor per metadata column, each with one entry per row."""
+"""`acts`, `grads` where asked for, and one tensor per metadata column, each with one entry per row."""
 
 
 class ActivationSpec(NamedTuple):
@@ -60,8 +63,8 @@ class ActivationSpec(NamedTuple):
 
 
 def in_float32(batch: Batch) -> Batch:
-    """The batch with its activations in float32, whatever they were stored in."""
-    return {**batch, ACTS: {stream: x.float() for stream, x in batch[ACTS].items()}}
+    """The batch with its activations (and gradients) in float32, whatever they were stored in."""
+    return {**batch, **{key: {s: x.float() for s, x in batch[key].items()} for key in (ACTS, GRADS) if key in batch}}
 
 
 def rows_of(batch: Batch) -> int:

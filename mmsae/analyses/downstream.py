@@ -11,9 +11,7 @@ from tqdm.auto import tqdm
 
 from mmsae.analyses.base import Analysis
 from mmsae.cores import SAECore
-from mmsae.hooks import edit
 from mmsae.latents import LatentStore
-from mmsae.layout import from_positions, to_positions
 from mmsae.results import Result, Table
 
 MEAN_ROWS = 50_000
@@ -93,14 +91,7 @@ class Downstream(Analysis):
         if replace is None:
             return source.outcomes(source.forward(batch), batch)
 
-        def splice(tensor: Tensor) -> Tensor:
-            x, _ = to_positions(tensor, source.channels_last)
-            chosen = source.selected(batch, x).to(x.device)
-            x = x.clone()
-            x[chosen] = replace(x[chosen].float()).to(x.dtype)
-            return from_positions(x, tensor.shape, source.channels_last)
-
-        with edit(source.model, {stream: splice}):
+        with source.spliced(batch, {stream: lambda x: replace(x.float())}):
             return source.outcomes(source.forward(batch), batch)
 
     def _result(self, means: dict[str, dict[str, float]], n: int) -> Result:

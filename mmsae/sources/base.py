@@ -5,19 +5,21 @@ from __future__ import annotations
 import hashlib
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, kl_div
 
 from mmsae.errors import MmsaeError, nearest
-from mmsae.hooks import HookPoint, capture, resolve
-from mmsae.layout import to_positions
+from mmsae.hooks import HookPoint, capture, differentiable, edit, resolve
+from mmsae.layout import from_positions, to_positions
 from mmsae.sources.items import columns_of, sample_ids
 from mmsae.sources.positions import Positions, checked_positions, choose, grid_places, ordinary_norms, pooled
-from mmsae.spec import ACTS, ActivationSpec, Batch
+from mmsae.spec import ACTS, GRADS, ActivationSpec, Batch, map_batch
 
 MODALITIES = {"image": 0, "text": 1, "audio": 2, "signal": 3, "video": 4, "volume": 5, "graph": 6, "other": 7}
 """Name of a modality to its number in the batch column `modality`; numbers are in stores, so only append."""
@@ -87,9 +89,17 @@ class Source(ABC):
         """Row and column of each position on the patch grid, int64 `[B, T]` each, -1 where there is none."""
         return grid_places(len(batch["sample_id"]), T, 0, 0, 0)
 
+    def columns(self, batch: dict[str, Any], T: int) -> dict[str, Tensor]:
+        """Further columns of each position (token ids, roles, seconds): name to `[B, T]`."""
+        return {}
+
     def outcomes(self, output: Any, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Downstream measures of what `forward` returned: name to float `[B]`; empty where there is none."""
         return {}
+
+    def predictions(self, output: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """What the model decides: logits `[n, n_classes]`, and the true classes int64 `[n]`, -1 where unknown."""
+        raise MmsaeError(f"{type(self).__name__} knows no loss of its model: give a source with a task.")
 
     def render(self, item: dict[str, Any]) -> dict[str, Any]:
         """An item for a reader: `{"kind": "image", "image", "text"}`, or `{"kind": "text", "tokens"}`, as positions."""
@@ -142,6 +152,47 @@ class Source(ABC):
             "drop_outliers": self.drop_outliers,
         }
 
+    def loss(self, output: Any, batch: dict[str, Any]) -> Tensor:
+        """Cross entropy in nats, summed over all that is predicted; what has no truth is measured by its own choice."""
+        logits, truth = self.predictions(output, batch)
+        truth = torch.where(truth >= 0, truth, logits.argmax(-1))
+        return cross_entropy(_wide(logits), truth, reduction="sum")
+
+    def divergence(self, output: Any, clean: Any, batch: dict[str, Any]) -> Tensor:
+        """Mean Kullback-Leibler divergence in nats from the predictions of the `clean` output to those of `output`."""
+        ours, theirs = (_wide(self.predictions(o, batch)[0]).log_softmax(-1) for o in (output, clean))
+        return kl_div(ours, theirs, reduction="batchmean", log_target=True)
+
+    @contextmanager
+    def spliced(
+        self, batch: dict[str, Any], replace: Mapping[str, Callable[[Tensor], Tensor]], also: Sequence[str] = ()
+    ) -> Iterator[dict[str, Tensor]]:
+        """Replace activations while the model runs on a batch.
+
+        Args:
+            batch: As collated.
+            replace: Hook point to a function from the rows that `read` gives `[rows, width]` to their replacement.
+            also: Further hook points.
+
+        Yields:
+            A dict that fills with what flows through the further points, differentiable by the replacements.
+        """
+
+        def splice(change: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+            x, _ = to_positions(tensor, self.channels_last)
+            chosen = self.selected(batch, x).to(x.device)
+            x = x.clone()
+            x[chosen] = change(x[chosen]).to(x.dtype)
+            return from_positions(x, tensor.shape, self.channels_last)
+
+        edits = {name: partial(splice, change) for name, change in replace.items()}
+        with differentiable(self.model, also) as found, edit(self.model, edits):
+            yield found
+
+    def check_points(self, patterns: Sequence[str]) -> None:
+        """Refuse hook points that the model has not."""
+        resolve(self.model, patterns)
+
     def collate(self, items: list[dict[str, Any]]) -> dict[str, Any]:
         """Make a batch for `forward` and `read`, on the CPU.
 
@@ -165,45 +216,91 @@ class Source(ABC):
             wanted = wanted & ordinary_norms(acts, wanted, self.drop_outliers)
         return wanted
 
-    def read(self, batch: dict[str, Any]) -> Batch:
+    def read(self, batch: dict[str, Any], gradients: bool = False) -> Batch:
         """Run the model as far as needed and return one row per selected position.
 
         Args:
             batch: As collated.
+            gradients: Also run it backwards from its `loss`.
 
         Returns:
-            `acts` (stream to `[rows, width]`, in the precision of the model); int64 `[rows]` `sample_id`, `position`,
-            `row`, `column`, `kind`, `modality` (-1: no such place; a mean has position -1); the columns of the batch,
-            one entry a row.
+            `acts` (stream to `[rows, width]`, in the precision of the model); with `gradients` also `grads`, the same
+            of the gradients of the summed loss (for a mean over positions: by a shift of all of them); int64 `[rows]`
+            `sample_id`, `position`, `row`, `column`, `kind`, `modality` (-1: no such place; a mean has position -1);
+            the columns of the batch and of the positions, one entry a row.
 
         Raises:
             MmsaeError: Streams have different positions, or an activation is not finite.
         """
+        slopes: dict[str, Tensor] = {}
+        if gradients:
+            captured, slopes = self._gradients(batch)
+        else:
+            model = self.model
+            with _ONE_AT_A_TIME, torch.no_grad(), capture(model, self.points) as captured:
+                self.forward(batch)
+        return self._as_rows(captured, slopes, batch)
+
+    def run(self, batch: dict[str, Any], also: Sequence[str] = ()) -> tuple[Batch, Any, dict[str, Tensor]]:
+        """Run the whole model, without gradients.
+
+        Args:
+            batch: As collated.
+            also: Further hook points.
+
+        Returns:
+            Rows as `read` gives them, what `forward` returned, and the tensors at the further points.
+        """
         model = self.model
-        with _ONE_AT_A_TIME, torch.no_grad(), capture(model, self.points) as captured:
-            self.forward(batch)
+        points = [*self.points, *resolve(model, also)] if also else self.points
+        with _ONE_AT_A_TIME, torch.no_grad(), capture(model, points, stop=False) as captured:
+            output = self.forward(batch)
+        further = {point.name: captured[point.name] for point in points[len(self.points) :]}
+        return self._as_rows({p.name: captured[p.name] for p in self.points}, {}, batch), output, further
+
+    def _as_rows(self, captured: Mapping[str, Tensor], by_point: Mapping[str, Tensor], batch: dict[str, Any]) -> Batch:
+        """One row per selected position, of activations and of gradients if there are some."""
         acts, places = self._positions(captured, batch)
+        slopes = self._positions(by_point, batch)[0] if by_point else {}
         stream = next(iter(acts.values()))
         device = stream.device
         chosen = torch.stack([self.selected(batch, other) for other in acts.values()]).all(0)
 
         if self.positions == "mean":
             rows = {name: pooled(other, chosen) for name, other in acts.items()}
+            slopes = {name: (x * chosen[..., None]).sum(1)[chosen.any(1)] for name, x in slopes.items()}
             example = chosen.any(1).nonzero()[:, 0]
             nowhere = torch.full_like(example, -1)
             where = {"position": nowhere, "row": nowhere, "column": nowhere, "kind": torch.zeros_like(example)}
         else:
             rows = {name: other[chosen] for name, other in acts.items()}
+            slopes = {name: other[chosen] for name, other in slopes.items()}
             example, position = chosen.nonzero(as_tuple=True)
             kind, (row, column) = self.kinds(batch, stream.shape[1]), places
-            found = {"row": row, "column": column, "kind": kind}
+            found = {"row": row, "column": column, "kind": kind, **self.columns(batch, stream.shape[1])}
             where = {"position": position, **{key: of.to(device)[example, position] for key, of in found.items()}}
 
         sample_id = batch["sample_id"].to(device)[example]
         _finite(rows, sample_id)
+        _finite(slopes, sample_id, "gradients")
         columns = {name: values.to(device)[example] for name, values in batch["columns"].items()}
         modality = torch.full_like(example, MODALITIES[self.modality])
-        return {ACTS: rows, "sample_id": sample_id, **where, "modality": modality, **columns}
+        streams = {ACTS: rows, GRADS: slopes} if slopes else {ACTS: rows}
+        return {**streams, "sample_id": sample_id, **where, "modality": modality, **columns}
+
+    def _gradients(self, batch: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Activations at the hook points, and the gradients of the loss by them, in the model's own shapes."""
+        model = self.model
+        with _ONE_AT_A_TIME, torch.inference_mode(False), torch.enable_grad():
+            batch = {**batch, **map_batch(batch, torch.clone)}  # what was collated in inference mode takes no gradient
+            with differentiable(model, self.points) as found:
+                loss = self.loss(self.forward(batch), batch)
+            if not loss.requires_grad:
+                raise MmsaeError(f"the loss of {type(self).__name__} does not depend on the activations.")
+            slopes = torch.autograd.grad(loss, list(found.values()), allow_unused=True)
+        if silent := [name for name, slope in zip(found, slopes, strict=True) if slope is None]:
+            raise MmsaeError(f"the loss does not depend on {silent[0]!r}: choose a hook point before the output.")
+        return {n: x.detach() for n, x in found.items()}, dict(zip(found, slopes, strict=True))
 
     def _positions(
         self, captured: Mapping[str, Tensor], batch: dict[str, Any]
@@ -254,13 +351,18 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def _finite(rows: Mapping[str, Tensor], sample_id: Tensor) -> None:
+def _wide(logits: Tensor) -> Tensor:
+    """In float32 at least."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _finite(rows: Mapping[str, Tensor], sample_id: Tensor, what: str = "activations") -> None:
     for name, stream in rows.items():
         bad = ~torch.isfinite(stream).all(1)
         if bad.any():
             ids = sample_id[bad].unique().tolist()
             shown = ", ".join(map(str, ids[:5])) + (f" and {len(ids) - 5} more" if len(ids) > 5 else "")
             raise MmsaeError(
-                f"the activations at {name!r} are not finite for sample_id {shown}; check these items, or run the "
+                f"the {what} at {name!r} are not finite for sample_id {shown}; check these items, or run the "
                 "model in float32."
             )

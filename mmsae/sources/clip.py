@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize
+from torch.nn.functional import normalize, pad
 
 from mmsae.errors import MmsaeError, nearest
 from mmsae.sources.image import ImageSource
@@ -184,6 +184,22 @@ class SceneCLIP(OpenCLIP):
 
     def outcomes(self, output: Tensor, batch: dict[str, Any]) -> dict[str, Tensor]:
         """`accuracy_<factor>` (0 or 1): is the prompt nearest to the picture the true one? NaN without a label."""
+        return {
+            f"accuracy_{factor}": (logits.argmax(1) == truth).float().where(truth >= 0, torch.nan)
+            for factor, (logits, truth) in self._zero_shot(output, batch).items()
+        }
+
+    def predictions(self, output: Tensor, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Similarities to the prompts of all factors, one row for each picture and labelled factor."""
+        found = list(self._zero_shot(output, batch).values())
+        if not found:
+            raise MmsaeError("SceneCLIP has a loss on pictures with labels only: set tower=image, data=Scenes.")
+        widest = max(logits.shape[1] for logits, _ in found)
+        padded = [pad(logits, (0, widest - logits.shape[1]), value=-1e4) for logits, _ in found]
+        return torch.cat(padded), torch.cat([truth for _, truth in found])
+
+    def _zero_shot(self, output: Tensor, batch: dict[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
+        """Of each labelled factor the logits of its prompts `[B, n_values]`, and the truth `[B]`."""
         from mmsae.miniatures.captions import FACTORS
         from mmsae.miniatures.clip import zero_shot
 
@@ -196,9 +212,9 @@ class SceneCLIP(OpenCLIP):
                 continue
             if factor not in self._prompts:
                 self._prompts[factor] = zero_shot(self.model, self.tokenizer, factor)  # type: ignore[arg-type]
-            truth = truth.to(output.device)
-            guess = (normalize(output, dim=-1) @ self._prompts[factor].to(output).T).argmax(1)
-            found[f"accuracy_{factor}"] = (guess == truth).float().where(truth >= 0, torch.nan)
+            scale: Any = self.model.logit_scale
+            logits = scale.exp() * normalize(output, dim=-1) @ self._prompts[factor].to(output).T
+            found[factor] = (logits, truth.to(output.device))
         return found
 
 

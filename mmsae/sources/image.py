@@ -48,6 +48,13 @@ class ImageSource(Source):
         """`cross_entropy` (nats) and `accuracy` (0 or 1) against the label `class`, with `task="classification"`."""
         return classification(output, batch) if self.task == "classification" else {}
 
+    def predictions(self, output: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Logits of the classes, and the label `class`."""
+        if not isinstance(output, Tensor) or output.dim() != 2:
+            return super().predictions(output, batch)
+        labels = batch["columns"].get("label.class", torch.full((len(output),), -1))
+        return output, labels.to(output.device)
+
     def render(self, item: dict[str, Any]) -> dict[str, Any]:
         """The picture and its caption."""
         return render_image(item)

@@ -14,7 +14,7 @@ from mmsae.errors import MmsaeError
 if TYPE_CHECKING:
     from PIL import Image
 
-RESERVED = ("acts", "columns", "position", "row", "column", "kind", "modality")
+RESERVED = ("acts", "grads", "columns", "position", "row", "column", "kind", "modality")
 
 
 def sample_ids(items: list[dict[str, Any]]) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mmsae.errors import MmsaeError, checked
-from mmsae.spec import ACTS, ActivationSpec, Batch, map_batch, rows_of
+from mmsae.spec import ACTS, GRADS, ActivationSpec, Batch, map_batch, rows_of
 from mmsae.store.writer import concatenate
 
 
@@ -27,7 +27,7 @@ class Reader(Protocol):
         """Join items into a model input."""
         ...
 
-    def read(self, batch: dict[str, Any]) -> Batch:
+    def read(self, batch: dict[str, Any], gradients: bool = False) -> Batch:
         """Run the model and give activation rows."""
         ...
 
@@ -46,6 +46,7 @@ class LiveChunks:
         columns: Metadata to carry.
         rank: Which share of each epoch.
         world_size: Number of shares.
+        gradients: Also run the model backwards from its loss.
     """
 
     def __init__(
@@ -57,7 +58,9 @@ class LiveChunks:
         columns: Sequence[str] = (),
         rank: int = 0,
         world_size: int = 1,
+        gradients: bool = False,
     ) -> None:
+        self.gradients = gradients
         self.source, self.items, self.columns = source, items, tuple(columns)
         self.chunk_rows = checked("chunk_rows", chunk_rows, 1)
         self.examples_per_forward = checked("examples_per_forward", examples_per_forward, 1)
@@ -79,11 +82,11 @@ class LiveChunks:
             chosen = order[cursor : cursor + self.examples_per_forward]
             cursor += len(chosen)
             with torch.no_grad():
-                rows = self.source.read(self.source.collate([self.items[int(i)] for i in chosen]))
+                rows = self.source.read(self.source.collate([self.items[int(i)] for i in chosen]), self.gradients)
             missing = [name for name in self.columns if name not in rows]
             if missing:
                 raise MmsaeError(f"the source gives no column {missing[0]!r}; it gives {', '.join(rows)}.")
-            rows = {ACTS: rows[ACTS], **{name: rows[name] for name in self.columns}}
+            rows = {name: rows[name] for name in (ACTS, GRADS, *self.columns) if name in rows}
             parts.append(map_batch(rows, lambda t: t.cpu()))
             total += rows_of(rows)
         return concatenate(parts), cursor if cursor < len(order) else None

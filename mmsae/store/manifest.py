@@ -61,6 +61,7 @@ class Manifest:
         shards: In reading order: file, rows, bytes, sha256.
         versions: Of the libraries that wrote it.
         factors: Label column (without its prefix "label.") to the names of its values.
+        gradients: Whether every row also has the gradient of the model's loss.
         format: Number of this layout.
     """
 
@@ -72,6 +73,7 @@ class Manifest:
     shards: list[dict[str, Any]]
     versions: dict[str, str]
     factors: dict[str, list[str]] = field(default_factory=dict)
+    gradients: bool = False
     format: int = FORMAT
 
     holds: ClassVar[str] = "activations"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmsae.errors import MmsaeError, checked
 from mmsae.files import sha256
-from mmsae.spec import ACTS, ActivationSpec, Batch
+from mmsae.spec import ACTS, GRADS, ActivationSpec, Batch
 from mmsae.store.manifest import Manifest, load_statistics
 from mmsae.store.shards import Shard
 
@@ -49,7 +49,11 @@ class Store:
         return self.manifest.n_rows
 
     def read(
-        self, pieces: Sequence[Piece], columns: Sequence[str] | None = None, into: dict[str, Tensor] | None = None
+        self,
+        pieces: Sequence[Piece],
+        columns: Sequence[str] | None = None,
+        into: dict[str, Tensor] | None = None,
+        gradients: bool = False,
     ) -> Batch:
         """The rows of some pieces, one after the other.
 
@@ -57,11 +61,13 @@ class Store:
             pieces: Which rows.
             columns: Metadata to read beside the activations; None is all.
             into: Memory to use again, by tensor name; filled by the first call.
+            gradients: Also read the gradients.
         """
         names = list(self.manifest.columns) if columns is None else list(columns)
         n = sum(piece[2] for piece in pieces)
-        batch: Batch = {ACTS: {}}
-        for name in [*(f"{ACTS}.{stream}" for stream in self.spec.streams), *names]:
+        batch: Batch = {ACTS: {}, GRADS: {}} if gradients else {ACTS: {}}
+        streams = {f"{key}.{stream}": (key, stream) for key in batch for stream in self.spec.streams}
+        for name in [*streams, *names]:
             field = self.shards[0].fields[name]
             memory = None if into is None else into.get(name)
             if memory is None or len(memory) < n:
@@ -75,8 +81,9 @@ class Store:
             for shard, start, count in pieces:
                 self.shards[shard].read(name, start, out[done : done + count])
                 done += count
-            if name.startswith(f"{ACTS}."):
-                batch[ACTS][name.removeprefix(f"{ACTS}.")] = out
+            if name in streams:
+                key, stream = streams[name]
+                batch[key][stream] = out
             else:
                 batch[name] = out
         return batch
@@ -109,6 +116,7 @@ class DiskChunks:
         columns: Metadata to carry.
         rank: Which share of each epoch; shares are disjoint.
         world_size: Number of shares.
+        gradients: Also read the gradients of the model's loss.
     """
 
     def __init__(
@@ -119,7 +127,11 @@ class DiskChunks:
         columns: Sequence[str] = (),
         rank: int = 0,
         world_size: int = 1,
+        gradients: bool = False,
     ) -> None:
+        if gradients and not store.manifest.gradients:
+            raise MmsaeError(f"{store.folder} has no gradients: extract it again with data.gradients=true.")
+        self.gradients = gradients
         self.store, self.columns = store, tuple(columns)
         self.chunk_rows = checked("chunk_rows", chunk_rows, 1)
         self.block_rows = checked("block_rows", block_rows, 1)
@@ -149,7 +161,9 @@ class DiskChunks:
             low, high = max(start, begin), min(stop, begin + count)
             pieces.append((shard, row + low - begin, high - low))
         following = stop - self.first
-        return self.store.read(pieces, self.columns, memory), following if following < self.n_rows else None
+        return self.store.read(
+            pieces, self.columns, memory, self.gradients
+        ), following if following < self.n_rows else None
 
     def _blocks(self, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         if self._order is None or self._order[0] != (seed, epoch):

@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from mmsae.errors import MmsaeError
-from mmsae.spec import ACTS, Batch
+from mmsae.spec import ACTS, GRADS, Batch
 
 MOMENTS = "moments."
 _DTYPES = {
@@ -49,7 +49,8 @@ class Field(NamedTuple):
 
 def encode_shard(rows: Batch, covariance: bool) -> tuple[bytes, list[str]]:
     """Serialise rows and their float64 moments; also names the streams that are not finite."""
-    tensors = {name: value.contiguous() for name, value in rows.items() if name != ACTS}
+    tensors = {name: value.contiguous() for name, value in rows.items() if isinstance(value, Tensor)}
+    tensors |= {f"{GRADS}.{stream}": x.contiguous() for stream, x in rows.get(GRADS, {}).items()}
     broken = []
     for stream, x in rows[ACTS].items():
         tensors[f"{ACTS}.{stream}"] = x.contiguous()

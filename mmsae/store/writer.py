@@ -12,7 +12,7 @@ from torch import Tensor
 
 import mmsae
 from mmsae.errors import MmsaeError
-from mmsae.spec import ACTS, Batch, map_batch, rows_of
+from mmsae.spec import ACTS, GRADS, Batch, map_batch, rows_of
 from mmsae.store.manifest import DTYPES, Manifest, Statistics, save_statistics
 from mmsae.store.shard_writer import ShardWriter
 from mmsae.store.shards import MOMENTS, Shard, encode_shard
@@ -49,9 +49,15 @@ class Writer(ShardWriter[Batch]):
 
     def add(self, batch: Batch) -> None:
         """Take the rows of one batch, in order."""
-        kept = {stream: x.dtype if self.dtype == "auto" else DTYPES[self.dtype] for stream, x in batch[ACTS].items()}
-        acts = {stream: x.detach().to("cpu", kept[stream]) for stream, x in batch[ACTS].items()}
-        rows = map_batch({**batch, ACTS: acts}, lambda t: t.cpu())
+        kinds = {ACTS: DTYPES.get(self.dtype), GRADS: DTYPES.get(self.dtype)}
+        if kinds[GRADS] == torch.float16:
+            kinds[GRADS] = torch.bfloat16  # gradients are small, and float16 has no room below 1e-7
+        cast = {
+            key: {stream: x.detach().to("cpu", kind or x.dtype) for stream, x in batch[key].items()}
+            for key, kind in kinds.items()
+            if key in batch
+        }
+        rows = map_batch({**batch, **cast}, lambda t: t.cpu())
         self.take(rows_of(rows), lambda a, b: map_batch(rows, lambda t: t[a:b]))
 
     def serialise(self, pieces: list[Batch]) -> tuple[bytes, dict[str, Any]]:
@@ -75,14 +81,15 @@ class Writer(ShardWriter[Batch]):
             raise MmsaeError(f"no activations were extracted into {self.folder}: are data or positions empty?")
         first = Shard.open(self.folder / entries[0]["file"])
         streams = {n.removeprefix(f"{ACTS}."): f.shape[1] for n, f in first.fields.items() if n.startswith(f"{ACTS}.")}
+        gradients = any(name.startswith(f"{GRADS}.") for name in first.fields)
         columns = {
             name: str(field.dtype).removeprefix("torch.")
             for name, field in sorted(first.fields.items())
-            if not name.startswith((f"{ACTS}.", MOMENTS))
+            if not name.startswith((f"{ACTS}.", f"{GRADS}.", MOMENTS))
         }
         dtype = str(first.fields[f"{ACTS}.{next(iter(streams))}"].dtype).removeprefix("torch.")
         save_statistics(self.folder, self._statistics(entries, streams))
-        manifest = Manifest(dtype, streams, columns, source, data, entries, library_versions(), factors)
+        manifest = Manifest(dtype, streams, columns, source, data, entries, library_versions(), factors, gradients)
         manifest.save(self.folder)
         self.drop_commits()
         return manifest

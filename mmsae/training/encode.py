@@ -6,9 +6,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from torch import Tensor
+
 import mmsae.artifact
 from mmsae.files import sha256
-from mmsae.spec import ACTS, Batch, in_float32
+from mmsae.spec import Batch, in_float32
 from mmsae.store import CodeWriter
 from mmsae.store.manifest import MANIFEST
 from mmsae.training.writing import StoreWritingModule
@@ -63,7 +65,7 @@ class EncodeModule(StoreWritingModule[CodeWriter]):
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """One batch, to disk."""
-        columns = {name: column for name, column in batch.items() if name != ACTS}
+        columns = {name: column for name, column in batch.items() if isinstance(column, Tensor)}
         self.writer_of(dataloader_idx).add(self.core.encode(self.core.inputs(in_float32(batch)), batch), columns)
 
     def finish(self, split: Split, writer: CodeWriter) -> None:

@@ -52,6 +52,7 @@ class ExtractModule(StoreWritingModule[Writer]):
             "data": self.data.identity(split),
             "examples_per_forward": self.data.examples_per_forward,
             "precision": str(self.trainer.precision),
+            **({"gradients": True} if self.data.gradients else {}),
         }
         sizes = (self.stored_dtype, self.rows_per_shard, self.covariance)
         return Writer(self.out / split, plan, *sizes, self.trainer.global_rank, self.trainer.world_size)
@@ -62,7 +63,7 @@ class ExtractModule(StoreWritingModule[Writer]):
 
     def predict_step(self, batch: dict[str, Any], batch_idx: int, dataloader_idx: int = 0) -> None:
         """One forward pass, to disk."""
-        self.writer_of(dataloader_idx).add(self.source.read(batch))
+        self.writer_of(dataloader_idx).add(self.source.read(batch, self.data.gradients))
 
     def finish(self, split: Split, writer: Writer) -> None:
         """Write the manifest."""

@@ -17,8 +17,9 @@ from mmsae.cores import Losses, SAECore
 from mmsae.cores.base import squared_error, variance
 from mmsae.errors import MmsaeError, checked
 from mmsae.metrics import Fidelity
-from mmsae.spec import ACTS, ActivationSpec, Batch, map_batch, rows_of
+from mmsae.spec import ACTS, GRADS, ActivationSpec, Batch, map_batch, rows_of
 from mmsae.store.batches import first_rows
+from mmsae.training.end_to_end import EndToEnd
 from mmsae.training.normalise import Mode, Normaliser, moments
 from mmsae.training.resume import check_description, describe, restore_rng, rng_state
 
@@ -44,6 +45,7 @@ class SAEModule(L.LightningModule):
         sample_rows: Rows looked at before the first step, for statistics and initialisation.
         schedule_steps: Length of the schedules in steps; None is the length of this run. Set it when a run is to be
             continued later beyond its own end, so that both parts follow one schedule.
+        end_to_end: Train for what the model does with the reconstructions; needs `data.whole_examples=true`.
     """
 
     started: Tensor
@@ -61,6 +63,7 @@ class SAEModule(L.LightningModule):
         gradient_clip: float = 1.0,
         sample_rows: int = 65536,
         schedule_steps: int | None = None,
+        end_to_end: EndToEnd | None = None,
     ) -> None:
         super().__init__()
         if spec is None:
@@ -76,6 +79,7 @@ class SAEModule(L.LightningModule):
         self.sample_rows = checked("sample_rows", sample_rows, 1)
         self.schedule_steps = schedule_steps if schedule_steps is None else checked("schedule_steps", schedule_steps, 1)
         self.normalise = normalise
+        self.end_to_end = end_to_end
         self.cores = nn.ModuleDict()
         for name, factory in {MAIN: core, **(also or {})}.items():
             if name in self.cores or ("." in name and name not in spec.streams):
@@ -109,11 +113,14 @@ class SAEModule(L.LightningModule):
         return metric if core == MAIN else f"{core}/{metric}"
 
     def normalised(self, batch: Batch) -> Batch:
-        """The batch with every stream normalised, in float32."""
+        """The batch with every stream normalised, in float32, and gradients by the normalised streams."""
         missing = [stream for stream in self.spec.streams if stream not in batch[ACTS]]
         if missing:
             raise MmsaeError(f"the batch has no stream {missing[0]!r}; it has {', '.join(batch[ACTS])}.")
-        return {**batch, ACTS: {s: self._normaliser(s)(batch[ACTS][s]) for s in self.spec.streams}}
+        normalised = {ACTS: {s: self._normaliser(s)(batch[ACTS][s]) for s in self.spec.streams}}
+        if GRADS in batch:
+            normalised[GRADS] = {s: self._normaliser(s).slope(batch[GRADS][s]) for s in self.spec.streams}
+        return {**batch, **normalised}
 
     def setup(self, stage: str) -> None:
         """Refuse data of another width, and devices that a core cannot share, before any work."""
@@ -121,6 +128,15 @@ class SAEModule(L.LightningModule):
         if alone and stage == "fit" and self.trainer.world_size > 1:
             raise MmsaeError(f"{alone[0]} learns from one pass on one device: set trainer.devices=1.")
         data = getattr(self.trainer, "datamodule", None)
+        blind = [type(core).__name__ for _, core in self._cores() if GRADS in core.needs]
+        if blind and stage == "fit" and not getattr(data, "gradients", True):
+            raise MmsaeError(f"{blind[0]} reads gradients of the model's loss: set data.gradients=true.")
+        if stage == "fit" and (self.end_to_end is not None) != getattr(data, "whole_examples", False):
+            raise MmsaeError(
+                "end-to-end training needs both: model.end_to_end (a loss) and data.whole_examples=true (its batches)."
+            )
+        if self.end_to_end is not None and data is not None:
+            self.end_to_end.check(data.source)
         spec = getattr(data, "spec", None)
         if spec is not None:
             for stream, width in self.spec.streams.items():
@@ -196,6 +212,10 @@ class SAEModule(L.LightningModule):
         loader: Any = self.trainer.train_dataloader
         if hasattr(loader, "trained"):
             loader.trained()
+        downstream = None
+        if self.end_to_end is not None:
+            downstream = self.end_to_end.run(self.trainer.datamodule.source, batch)  # type: ignore[attr-defined]
+            batch = downstream.rows
         batch = self.normalised(batch)
         n_rows = int(self._join(torch.tensor(rows_of(batch)), "sum"))
         loss: Tensor | None = None
@@ -206,6 +226,8 @@ class SAEModule(L.LightningModule):
                 core.count(torch.ones_like(core.rows_since_fired), n_rows)
                 continue
             losses = core.losses(batch)
+            if downstream is not None:
+                downstream.adjust(losses.terms, self._raw(core, losses.reconstruction))
             if "sparsity" in losses.terms and self._sparsity_steps:
                 ramp = min(1.0, (self.global_step + 1) / self._sparsity_steps)
                 losses.terms["sparsity"] = losses.terms["sparsity"] * ramp
@@ -300,10 +322,14 @@ class SAEModule(L.LightningModule):
         normalised = self.normalised(batch)
         for name, core in self._cores():
             codes = core.encode(core.inputs(normalised), normalised)
-            outputs = core.by_stream(core.decode(codes))
-            raw = torch.cat([self._normaliser(stream).invert(out.float()) for stream, out in outputs.items()], -1)
+            outputs = self._raw(core, core.decode(codes))
+            raw = torch.cat(list(outputs.values()), -1)
             x = torch.cat([batch[ACTS][stream].float() for stream in outputs], -1)
             self.fidelity[name].update(x, raw, codes)  # type: ignore[operator]
+
+    def _raw(self, core: SAECore, reconstruction: Tensor | dict[str, Tensor]) -> dict[str, Tensor]:
+        """A reconstruction by stream, in the units of the model."""
+        return {s: self._normaliser(s).invert(x.float()) for s, x in core.by_stream(reconstruction).items()}
 
     def _log_fidelity(self, split: str) -> None:
         if self.trainer.sanity_checking:
@@ -339,7 +365,11 @@ class SAEModule(L.LightningModule):
         normalised = self.normalised(batch)
         codes = self.core.encode(self.core.inputs(normalised), normalised).sparse()
         assert codes.indices is not None
-        return {"values": codes.values, "indices": codes.indices, **{k: v for k, v in batch.items() if k != ACTS}}
+        return {
+            "values": codes.values,
+            "indices": codes.indices,
+            **{k: v for k, v in batch.items() if isinstance(v, Tensor)},
+        }
 
     # ---- checkpoints and the export
 

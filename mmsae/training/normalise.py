@@ -67,6 +67,11 @@ class Normaliser(nn.Module):
         x = x.float()
         return x if self.mode == "none" else self.affine.apply(x)
 
+    def slope(self, g: Tensor) -> Tensor:
+        """From gradients by raw activations `[rows, width]` to those by normalised ones."""
+        inverse = self.affine.inverse_scale().to(self.scale)
+        return g.float() * inverse if inverse.ndim == 0 else g.float() @ inverse.t()
+
     def invert(self, x: Tensor) -> Tensor:
         """From normalised to raw."""
         return x if self.mode == "none" else self.affine.invert(x)

@@ -26,6 +26,20 @@ def needs(module: str, user: str, extra: str) -> Any:
         raise MmsaeError(f"{user} needs {module}: pip install 'mmsae[{extra}]' ({error}).") from error
 
 
+def located(name: str) -> str:
+    """The folder of a miniature that ships with the package for `miniature:NAME`, else the name as it is."""
+    if not name.startswith("miniature:"):
+        return name
+    root = Path(__file__).parent.parent / "miniatures"
+    known = sorted(path.parent.name for path in root.glob("*/config.json")) + sorted(
+        path.parent.name for path in root.glob("*/model_index.json")
+    )
+    wanted = name.removeprefix("miniature:")
+    if wanted not in known:
+        raise MmsaeError(f"there is no miniature {wanted!r}; there are {', '.join(known)}.")
+    return str(root / wanted)
+
+
 def first_line(error: BaseException, limit: int = 160) -> str:
     """The beginning of a foreign error, to quote in a sentence of ours."""
     text = (str(error).strip() or type(error).__name__).splitlines()[0]

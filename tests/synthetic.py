@@ -1,4 +1,4 @@
-"""Data with known features, and a plain trainer, for the acceptance tests of cores."""
+"""A plain trainer and scores for the acceptance tests of cores; the data are `mmsae.miniatures.worlds`."""
 
 from __future__ import annotations
 
@@ -11,84 +11,14 @@ from torch import Tensor
 
 from mmsae.codes import Codes
 from mmsae.cores import SAECore
+from mmsae.metrics import ground_truth
+from mmsae.miniatures.worlds import absorb, bind, bipolar, flat, low_coherence, tree, zipf
 from mmsae.spec import ACTS
 
-
-class Flat(NamedTuple):
-    """Independent features: `rows(n, seed)` draws activations `[n, d]`.
-
-    Attributes:
-        features: Unit rows `[n_features, d]`.
-        p: Probability of each feature.
-        noise: Standard deviation of the noise.
-        offset: Added to every row.
-    """
-
-    features: Tensor
-    p: Tensor
-    noise: float
-    offset: Tensor
-
-    def rows(self, n: int, seed: int) -> Tensor:
-        g = torch.Generator().manual_seed(seed)
-        on = torch.rand(n, len(self.p), generator=g) < self.p
-        x = (on * (0.5 + torch.rand(n, len(self.p), generator=g))) @ self.features
-        return x + self.noise * torch.randn(x.shape, generator=g) + self.offset
-
-
-def low_coherence(n: int, d: int, seed: int, steps: int = 300) -> Tensor:
-    """`n` unit rows in `d` dimensions, pushed apart by Adam on the fourth power of their cosines."""
-    rows = torch.randn(n, d, generator=torch.Generator().manual_seed(seed)).requires_grad_()
-    optimizer = torch.optim.Adam([rows], lr=0.05)
-    for _ in range(steps):
-        unit = rows / rows.norm(dim=1, keepdim=True)
-        loss = (unit @ unit.T - torch.eye(n)).pow(4).sum()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return (rows / rows.norm(dim=1, keepdim=True)).detach()
-
-
-def flat(n: int, d: int, s: float, seed: int, noise: float = 0.02) -> Flat:
-    """Low-coherence features, each on with probability s / n."""
-    return Flat(low_coherence(n, d, seed), torch.full((n,), s / n), noise, torch.zeros(d))
-
-
-def zipf(n: int, d: int, s: float, seed: int, noise: float = 0.02, offset: float = 0.3) -> Flat:
-    """As `flat`, but feature i with probability in proportion to 1 / (i + 3), at most a half, and an offset."""
-    p = 1 / (torch.arange(n) + 3.0)
-    for _ in range(50):  # capped probabilities still sum to s
-        free = p < 0.5
-        p = torch.where(free, p * ((s - 0.5 * (~free).sum()) / p[free].sum()), 0.5).clamp_max(0.5)
-    shift = offset * torch.randn(d, generator=torch.Generator().manual_seed(seed + 50))
-    return Flat(low_coherence(n, d, seed), p, noise, shift)
-
-
-class Absorb(NamedTuple):
-    """Parents with exclusive children: `rows(n, seed)` gives activations `[n, d]` and which features are on.
-
-    Features 0-3 are parents (p = 0.15), 4 + 4 i .. 7 + 4 i the children of parent i (0.2 each, none 0.2), and the last
-    12 are flat (p = 0.05).
-    """
-
-    features: Tensor
-
-    def rows(self, n: int, seed: int) -> tuple[Tensor, Tensor]:
-        g = torch.Generator().manual_seed(seed)
-        on = torch.zeros(n, 32, dtype=torch.bool)
-        on[:, :4] = torch.rand(n, 4, generator=g) < 0.15
-        choice = torch.randint(0, 5, (n, 4), generator=g)  # 4: no child
-        for parent in range(4):
-            for child in range(4):
-                on[:, 4 + 4 * parent + child] = on[:, parent] & (choice[:, parent] == child)
-        on[:, 20:] = torch.rand(n, 12, generator=g) < 0.05
-        return (on * (1 + 0.1 * torch.randn(n, 32, generator=g)).clamp_min(0.3)) @ self.features, on
-
-
-def absorb(seed: int, d: int = 48) -> Absorb:
-    """32 orthonormal features in `d` dimensions."""
-    q = torch.linalg.qr(torch.randn(d, d, generator=torch.Generator().manual_seed(seed)))[0]
-    return Absorb(q[:32])
+__all__ = [
+    "Scores", "absorb", "batch_of", "best_cosines", "bind", "bipolar", "flat", "low_coherence", "scores", "train",
+    "tree", "zipf",
+]  # fmt: skip
 
 
 def batch_of(x: Tensor) -> dict[str, Any]:
@@ -175,5 +105,4 @@ def scores(core: SAECore, x: Tensor, features: Tensor, at: float = 0.9, mode: st
 
 def best_cosines(core: SAECore, features: Tensor) -> Tensor:
     """Of each true feature with its best latent."""
-    rows = core.dictionary / core.dictionary.norm(dim=-1, keepdim=True).clamp_min(1e-8)
-    return (features @ rows.T).max(dim=1).values
+    return ground_truth.best_cosines(core.dictionary, features)

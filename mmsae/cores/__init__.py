@@ -6,9 +6,10 @@ from mmsae.cores.atoms import Atoms
 from mmsae.cores.base import Affine, Losses, SAECore
 from mmsae.cores.baselines import PCA, Neurons, RandomDictionary
 from mmsae.cores.batch_topk import BatchTopK
-from mmsae.cores.crosscoder import Crosscoder
+from mmsae.cores.crosscoder import BatchTopKCrosscoder, Crosscoder, TopKCrosscoder
 from mmsae.cores.feature_choice import FeatureChoice
 from mmsae.cores.gated import Gated
+from mmsae.cores.gradient_topk import GradientTopK
 from mmsae.cores.group_bias import GroupBias
 from mmsae.cores.group_max import GroupMax
 from mmsae.cores.itda import ITDA
@@ -22,7 +23,7 @@ from mmsae.cores.poly import PolySAE
 from mmsae.cores.relu import ReLU
 from mmsae.cores.scikit import ICA, NMF, KMeans
 from mmsae.cores.semi_nmf import SemiNMF
-from mmsae.cores.skip_transcoder import SkipTranscoder
+from mmsae.cores.skip_transcoder import JumpReLUSkipTranscoder, SkipTranscoder
 from mmsae.cores.top_afa import TopAFA
 from mmsae.cores.topk import TopK
 from mmsae.cores.variational import Variational
@@ -37,12 +38,15 @@ __all__ = [
     "Archetypal",
     "Atoms",
     "BatchTopK",
+    "BatchTopKCrosscoder",
     "Crosscoder",
     "FeatureChoice",
     "Gated",
+    "GradientTopK",
     "GroupBias",
     "GroupMax",
     "JumpReLU",
+    "JumpReLUSkipTranscoder",
     "KMeans",
     "LinearCore",
     "Losses",
@@ -59,5 +63,6 @@ __all__ = [
     "SkipTranscoder",
     "TopAFA",
     "TopK",
+    "TopKCrosscoder",
     "Variational",
 ]

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor, nn
 
 from mmsae.codes import Codes
-from mmsae.cores.base import Affine
 from mmsae.cores.topk import TopK
 from mmsae.errors import MmsaeError, checked
 from mmsae.kernels import dense_linear
@@ -20,8 +17,8 @@ ROWS = 4096  # rows assigned to centroids at a time
 class Archetypal(TopK):
     """TopK whose decoder rows are convex mixtures of points of the data, for stable dictionaries (arXiv 2502.12892).
 
-    `W_dec = exp(scale) (mixture @ points + offset)`: the points are centroids of the activations and stay as they are,
-    rows of `mixture` are non-negative and sum to 1, rows of `offset` are short. With `delta` 0 this is A-SAE, with a
+    `decoder_rows = exp(scale) (mixture @ points + offset)`: points are centroids of the activations and stay, rows of
+    `mixture` are non-negative and sum to 1, rows of `offset` are short. With `delta` 0 this is A-SAE, with a
     little room RA-SAE, whose dictionaries agree better between seeds than TopK's where latents are plentiful. Every
     step costs `d_latent * n_points * d` on top.
 
@@ -61,17 +58,16 @@ class Archetypal(TopK):
         self.seed = seed
         rows = torch.randn(self.n_points, self.spec.d_out)
         rows[:d_latent] = self.W_dec.detach()
-        del self.W_dec  # a mixture takes its place; see the property
+        del self.W_dec  # a mixture takes its place: `decoder_rows`
         self.register_buffer("points", rows / rows.norm(dim=-1, keepdim=True))
         self.register_buffer("reach", torch.tensor(float(delta)))
         self.mixture = nn.Parameter(torch.eye(d_latent, self.n_points))
         self.offset = nn.Parameter(torch.zeros(d_latent, self.spec.d_out))
         self.scale = nn.Parameter(torch.zeros(()))
 
-    # Python asks the module for its parameter of this name while a property fails, as this does until there are points
     @property
-    def W_dec(self) -> Tensor:  # type: ignore[override]
-        """Decoder rows `[d_latent, d_out]`, made anew each time."""
+    def decoder_rows(self) -> Tensor:
+        """Mixtures and their offsets `[d_latent, d_out]`, made anew each time."""
         return self.scale.exp() * (dense_linear(self.mixture, self.points.t()) + self.offset)
 
     @torch.no_grad()
@@ -101,21 +97,9 @@ class Archetypal(TopK):
         norms = self.offset.norm(dim=-1, keepdim=True).clamp_min(1e-12)
         self.offset.mul_((self.reach / norms).clamp_max(1))
 
-    @torch.no_grad()
-    def fold(self, affine: Mapping[str, Affine]) -> None:
-        """Absorb the normalisation: points and offsets move into raw units, codes keep theirs."""
-        source = affine[self.spec.input]
-        sink = affine.get(TARGET, source)
-        s_in, s_out = source.scale.double(), sink.inverse_scale().double()
-        w_enc = self.W_enc.double()
-        w_enc = s_in * w_enc if s_in.ndim == 0 else w_enc @ s_in.t()
-        if not self.subtracts_b_dec:
-            self.b_enc.sub_(w_enc @ source.mean.double())
-        self.W_enc.copy_(w_enc)
-        for rows in (self.points, self.offset, self.b_dec):
-            wide = rows.double()
-            rows.copy_(wide * s_out if s_out.ndim == 0 else wide @ s_out)
-        self.b_dec.add_(sink.mean)
+    def written(self) -> tuple[Tensor, ...]:
+        """Points and offsets move into raw units, codes keep theirs."""
+        return self.points, self.offset
 
 
 def centroids(x: Tensor, n: int, seed: int = 0, n_iterations: int = 10) -> Tensor:

@@ -41,6 +41,16 @@ class Affine(NamedTuple):
             return 1 / self.scale
         return torch.linalg.inv(self.scale.double()).to(self.scale.dtype)
 
+    def reading(self, rows: Tensor) -> Tensor:
+        """Rows `[..., width]` that are multiplied with normalised activations, for raw ones less the mean; float64."""
+        scale, rows = self.scale.double(), rows.double()
+        return scale * rows if scale.ndim == 0 else rows @ scale.t()
+
+    def writing(self, rows: Tensor) -> Tensor:
+        """Rows `[..., width]` that add up to normalised activations, for raw ones less the mean; float64."""
+        inverse, rows = self.inverse_scale().double(), rows.double()
+        return rows * inverse if inverse.ndim == 0 else rows @ inverse
+
 
 class Losses(NamedTuple):
     """One training step of a core.
@@ -48,7 +58,8 @@ class Losses(NamedTuple):
     Attributes:
         terms: Named scalars; their sum is minimised. A term called "sparsity" is ramped up by the training module.
         codes: What fired.
-        reconstruction: Of the target, in the units of the batch; a dict by stream if there are several.
+        reconstruction: Of the target, in the units of the batch; several streams as a dict or side by side
+            (`SAECore.by_stream`).
     """
 
     terms: dict[str, Tensor]
@@ -141,9 +152,8 @@ class SAECore(nn.Module, ABC):
         """Loss terms of a batch; by default the squared error, summed over the width and averaged over the rows."""
         codes = self.encode(self.inputs(batch), batch)
         reconstruction = self.decode(codes)
-        if not isinstance(reconstruction, Tensor):
-            raise MmsaeError(f"{type(self).__name__} reconstructs several streams, so it must write its own losses.")
-        return Losses({"reconstruction": squared_error(self.target(batch), reconstruction)}, codes, reconstruction)
+        error = squared_error(self.target(batch), self.joined(reconstruction))
+        return Losses({"reconstruction": error}, codes, reconstruction)
 
     def partial_fit(self, batch: Batch) -> None:
         """Learn from a batch without gradients."""
@@ -172,8 +182,8 @@ class SAECore(nn.Module, ABC):
         return batch[ACTS][self.spec.input]
 
     def target(self, batch: Batch) -> Tensor:
-        """The stream that is reconstructed: `target` for transcoders, else the input."""
-        return batch[ACTS][TARGET if TARGET in self.spec.streams else self.spec.input]
+        """What is reconstructed: `target` for transcoders, else the input; several streams side by side."""
+        return self.joined({stream: batch[ACTS][stream] for stream in self.outputs})
 
     @property
     def outputs(self) -> list[str]:
@@ -183,8 +193,16 @@ class SAECore(nn.Module, ABC):
     def by_stream(self, reconstruction: Tensor | dict[str, Tensor]) -> dict[str, Tensor]:
         """A reconstruction by stream, in the order of `outputs`."""
         if isinstance(reconstruction, Tensor):
-            return {self.outputs[0]: reconstruction}
+            widths = [self.spec.streams[stream] for stream in self.outputs]
+            return dict(zip(self.outputs, reconstruction.split(widths, -1), strict=True))
         return {stream: reconstruction[stream] for stream in self.outputs}
+
+    def joined(self, reconstruction: Tensor | dict[str, Tensor]) -> Tensor:
+        """A reconstruction with its streams side by side, in the order of `outputs`."""
+        if isinstance(reconstruction, Tensor):
+            return reconstruction
+        parts = [reconstruction[stream] for stream in self.outputs]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
     def forward(self, x: Tensor) -> Tensor | dict[str, Tensor]:
         """Reconstruction of activations."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mmsae.codes import Codes
 from mmsae.cores.base import Losses, squared_error
-from mmsae.cores.linear import ROWS, LinearCore
+from mmsae.cores.linear import LinearCore, keep_norms, to_unit
 from mmsae.errors import MmsaeError, checked
 from mmsae.kernels import dense_linear, linear_above, sparse_decode
 from mmsae.spec import TARGET, ActivationSpec, Batch
@@ -134,9 +134,7 @@ class GroupBias(LinearCore):
     @torch.no_grad()
     def before_step(self) -> None:
         """Remove the part of the gradient that would only change the norm of the directions."""
-        if self.W_enc.grad is not None:
-            for rows, grad in zip(self.W_enc.split(ROWS), self.W_enc.grad.split(ROWS), strict=True):
-                grad.addcmul_(rows, (grad * rows).sum(-1, keepdim=True), value=-1)
+        keep_norms(self.W_enc)
 
     @torch.no_grad()
     def after_step(self, step: int, codes: Codes) -> None:
@@ -144,7 +142,7 @@ class GroupBias(LinearCore):
 
         What the ranks have joined is that of the steps before, so an adaptation comes one step after its last row.
         """
-        self.W_enc.div_(self.W_enc.norm(dim=-1, keepdim=True).clamp_min(1e-8))
+        to_unit(self.W_enc)
         self.W_dec.copy_(self.gain[:, None] * self.W_enc)
         self.fired += self.latest
         self.rows += self.latest_rows

@@ -119,12 +119,10 @@ class JumpReLU(LinearCore):
         self.theta.copy_(self.threshold * self.unit)
 
     def encode(self, x: Tensor | dict[str, Tensor], batch: Batch | None = None) -> Codes:
-        """What exceeds its threshold; a pair list unless too many do in training."""
-        codes = self._jump(x)[0]
-        return codes if self.training else codes.sparse()
+        """What exceeds its threshold; a pair list unless too many do in training.
 
-    def _jump(self, x: Tensor | dict[str, Tensor]) -> tuple[Codes, Tensor]:
-        """Codes and L0 of each row; pairs that fire or lie in the window below if they are few, else dense."""
+        Pairs are those that fire or lie in the window below. `extra["l0"]` is the L0, which has a gradient, too.
+        """
         theta, width = self.theta.view(-1), self.bandwidth * self.unit
         x, table, bias, centre = self.encoder(x)
         found = linear_above(x, table, bias, (theta - width / 2).detach(), centre, padding=-torch.inf)
@@ -133,13 +131,14 @@ class JumpReLU(LinearCore):
         else:
             pre, indices = found
             theta, width = (t.index_select(0, indices.flatten()).view(-1, pre.shape[-1]) for t in (theta, width))
-        codes, l0 = _Jump.apply(pre.view(-1, pre.shape[-1]), theta, width)
-        return Codes(codes.view_as(pre), indices, self.d_latent), l0
+        values, l0 = _Jump.apply(pre.view(-1, pre.shape[-1]), theta, width)
+        codes = Codes(values.view_as(pre), indices, self.d_latent, {"l0": l0.view(pre.shape[:-1])})
+        return codes if self.training else codes.sparse()
 
     def losses(self, batch: Batch) -> Losses:
         """Squared error and the price of firing."""
         x, target = self.inputs(batch), self.target(batch)
-        codes, l0 = self._jump(x)
+        codes = self.encode(x)
         reconstruction = self.decode(codes)
         terms = {"reconstruction": squared_error(target, reconstruction)}
         if self.sparsity_loss == "tanh":
@@ -149,6 +148,7 @@ class JumpReLU(LinearCore):
             terms["sparsity"] = self.sparsity_coefficient * (4 * codes.values * norms).tanh().sum(-1).mean()
             terms["aux"] = self._revival(x)
         else:
+            l0 = codes.extra["l0"]
             price = l0.mean() if self.sparsity_loss == "step" else (l0.mean() / self.target_l0 - 1).pow(2)
             terms["sparsity"] = self.sparsity_coefficient * price
         return Losses(terms, codes, reconstruction)

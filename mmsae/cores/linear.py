@@ -61,9 +61,18 @@ class LinearCore(SAECore):
         return self.centres_input and TARGET not in self.spec.streams
 
     @property
+    def decoder_rows(self) -> Tensor:
+        """What `decode` and auxiliary losses write with, `[d_latent, d_out]`."""
+        return self.W_dec
+
+    @property
     def dictionary(self) -> Tensor:
         """Decoder rows `[d_latent, d_out]`."""
-        return self.W_dec
+        return self.decoder_rows
+
+    def decoder_norms(self) -> Tensor:
+        """What a unit of each latent's code counts for `[d_latent]`."""
+        return self.decoder_rows.norm(dim=-1)
 
     def encoder(self, x: Tensor | dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """What fused selections take: `x` `[..., d_in]`, encoder rows, their biases, what is subtracted from `x`."""
@@ -81,44 +90,41 @@ class LinearCore(SAECore):
     def decode(self, codes: Codes) -> Tensor:
         """Reconstruction `[..., d_out]`."""
         if codes.indices is None:
-            return dense_linear(codes.values, self.W_dec.t()) + self.b_dec
-        return sparse_decode(codes.values, codes.indices, self.W_dec) + self.b_dec
+            return dense_linear(codes.values, self.decoder_rows.t()) + self.b_dec
+        return sparse_decode(codes.values, codes.indices, self.decoder_rows) + self.b_dec
 
     @torch.no_grad()
     def before_step(self) -> None:
         """Remove the part of the decoder gradient that would only change the norm of unit rows."""
-        if self.decoder_norm == "unit" and self.W_dec.grad is not None:
-            for rows, grad in zip(self.W_dec.split(ROWS), self.W_dec.grad.split(ROWS), strict=True):
-                grad.addcmul_(rows, (grad * rows).sum(-1, keepdim=True) / rows.pow(2).sum(-1, keepdim=True), value=-1)
+        if self.decoder_norm == "unit":
+            keep_norms(self.W_dec)
 
     @torch.no_grad()
     def after_step(self, step: int, codes: Codes) -> None:
         """Back to unit rows; after the optimizer, so that saved weights are unit too."""
         if self.decoder_norm == "unit":
-            for rows in self.W_dec.split(ROWS):
-                rows.div_(rows.norm(dim=-1, keepdim=True).clamp_min_(1e-8))
+            to_unit(self.W_dec)
 
     @torch.no_grad()
     def fold(self, affine: Mapping[str, Affine]) -> None:
         """Absorb the normalisation; then give decoder rows norm 1 where that does not change which latents fire."""
         source = affine[self.spec.input]
         sink = affine.get(TARGET, source)
-        s_in, s_out = source.scale.double(), sink.inverse_scale().double()
-        w_enc, w_dec = self.W_enc.double(), self.W_dec.double()
-        w_enc = s_in * w_enc if s_in.ndim == 0 else w_enc @ s_in.t()
-        rows = torch.cat([w_dec, self.b_dec.double()[None]])
-        rows = rows * s_out if s_out.ndim == 0 else rows @ s_out
-        w_dec, b_dec = rows[:-1], rows[-1] + sink.mean.double()
+        w_enc = source.reading(self.W_enc)
         if not self.subtracts_b_dec:
             self.b_enc.sub_(w_enc @ source.mean.double())
         self.W_enc.copy_(w_enc)
-        self.W_dec.copy_(w_dec)
-        self.b_dec.copy_(b_dec)
-        norms = w_dec.norm(dim=-1).clamp_min(1e-8)
+        for rows in (*self.written(), self.b_dec):
+            rows.copy_(sink.writing(rows))
+        self.b_dec.add_(sink.mean)
         if self.selects_per_latent:
-            self.rescale(norms)
-        elif s_out.ndim == 0 and self.decoder_norm == "unit":
-            self.rescale(norms.mean().expand(self.d_latent))
+            self.rescale(self.decoder_norms().clamp_min(1e-8))
+        elif sink.scale.ndim == 0 and self.decoder_norm == "unit":
+            self.rescale(self.decoder_norms().mean().expand(self.d_latent))
+
+    def written(self) -> tuple[Tensor, ...]:
+        """What the decoder rows are made of, each `[..., d_out]` and linear in them."""
+        return (self.W_dec,)
 
     @torch.no_grad()
     def rescale(self, factor: Tensor) -> None:
@@ -126,3 +132,16 @@ class LinearCore(SAECore):
         self.W_enc.mul_(factor[:, None])
         self.b_enc.mul_(factor)
         self.W_dec.div_(factor[:, None])
+
+
+def keep_norms(rows: Tensor) -> None:
+    """Remove from the gradient of rows `[n, d]` the part that would only change their norms."""
+    if rows.grad is not None:
+        for part, grad in zip(rows.split(ROWS), rows.grad.split(ROWS), strict=True):
+            grad.addcmul_(part, (grad * part).sum(-1, keepdim=True) / part.pow(2).sum(-1, keepdim=True), value=-1)
+
+
+def to_unit(rows: Tensor) -> None:
+    """Bring rows `[n, d]` to norm 1, in place."""
+    for part in rows.split(ROWS):
+        part.div_(part.norm(dim=-1, keepdim=True).clamp_min_(1e-8))

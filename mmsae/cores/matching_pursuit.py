@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from mmsae.codes import Codes, merge_repeats
 from mmsae.cores.base import Affine, Losses, SAECore, squared_error, variance
+from mmsae.cores.linear import keep_norms, to_unit
 from mmsae.errors import MmsaeError, checked
 from mmsae.kernels import dense_linear, linear_topk, sparse_decode
 from mmsae.kernels.cpu import rows_per_chunk
@@ -169,24 +170,20 @@ class MatchingPursuit(SAECore):
     @torch.no_grad()
     def before_step(self) -> None:
         """Remove the part of the gradient that would only change the norm of the rows."""
-        if self.W_dec.grad is not None:
-            self.W_dec.grad -= (self.W_dec.grad * self.W_dec).sum(-1, keepdim=True) * self.W_dec
+        keep_norms(self.W_dec)
 
     @torch.no_grad()
     def after_step(self, step: int, codes: Codes) -> None:
         """Back to unit rows: a pursuit takes away exactly what it finds only along these."""
-        self.W_dec.div_(self.W_dec.norm(dim=-1, keepdim=True).clamp_min(1e-8))
+        to_unit(self.W_dec)
 
     @torch.no_grad()
     def fold(self, affine: Mapping[str, Affine]) -> None:
         """Absorb the normalisation: a number changes the unit of the codes, a matrix how residuals are measured."""
         source = affine[self.spec.input]
-        inverse = source.inverse_scale().double()
-        if inverse.ndim == 0:
-            b_dec = self.b_dec.double() * inverse
-            self.stop.mul_(inverse)
+        self.b_dec.copy_(source.writing(self.b_dec) + source.mean.double())
+        if source.scale.ndim == 0:
+            self.stop.div_(source.scale)
         else:
-            b_dec = self.b_dec.double() @ inverse
-            self.W_dec.copy_(self.W_dec.double() @ inverse)
+            self.W_dec.copy_(source.writing(self.W_dec))
             self.metric.copy_(source.scale.double() @ self.metric.double())
-        self.b_dec.copy_(b_dec + source.mean.double())

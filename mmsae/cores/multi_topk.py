@@ -57,6 +57,5 @@ class MultiTopK(TopK):
         terms, reconstruction = self.reconstruct(target, codes)
         wider = self.reconstruct(target, Codes(values.relu(), indices, self.d_latent))[0]
         terms["multi"] = self.multi_coefficient * wider["reconstruction"]
-        if self.aux_coefficient and self.training:
-            terms["aux"] = self.aux_coefficient * self.auxk(x, target - reconstruction.detach())
+        terms |= self.auxiliary(x, target, reconstruction)
         return Losses(terms, codes, reconstruction)

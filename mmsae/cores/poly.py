@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from mmsae.codes import Codes
-from mmsae.cores.base import Affine
 from mmsae.cores.topk import TopK
 from mmsae.errors import MmsaeError, checked
 from mmsae.kernels import dense_linear, sparse_decode
-from mmsae.spec import TARGET, ActivationSpec
+from mmsae.spec import ActivationSpec
 
 
 class PolySAE(TopK):
@@ -61,7 +59,7 @@ class PolySAE(TopK):
         self.rank2 = checked("rank2", rank2, 0, self.rank)
         self.rank3 = checked("rank3", rank3, 0, self.rank)
         self.retract_every = checked("retract_every", retract_every, 1)
-        del self.W_dec  # what follows takes its place; see the property
+        del self.W_dec  # what follows takes its place: `decoder_rows`
         self.U = nn.Parameter(torch.linalg.qr(torch.randn(d_latent, self.rank))[0])
         orders = ((2 * torch.rand(d_out, n) - 1) * (6 / max(n, 1)) ** 0.5 for n in (self.rank, rank2, rank3))
         self.C1, self.C2, self.C3 = (nn.Parameter(weights) for weights in orders)
@@ -71,16 +69,10 @@ class PolySAE(TopK):
             rows = self.dictionary.detach()
             self.W_enc.data = rows / rows.norm(dim=-1, keepdim=True).clamp_min(1e-8)
 
-    # Python asks the module for its parameter of this name while a property fails, as this does until there is a U
     @property
-    def W_dec(self) -> Tensor:  # type: ignore[override]
-        """First-order directions `[d_latent, d_out]`, which AuxK decodes with."""
-        return dense_linear(self.U, self.C1)
-
-    @property
-    def dictionary(self) -> Tensor:
+    def decoder_rows(self) -> Tensor:
         """First-order directions `U @ C1.T` `[d_latent, d_out]`; their norms are free."""
-        return self.W_dec
+        return dense_linear(self.U, self.C1)
 
     def decode(self, codes: Codes) -> Tensor:
         """Reconstruction `[..., d_out]`."""
@@ -120,18 +112,6 @@ class PolySAE(TopK):
         """Orthonormal columns, whatever `retract_every` is."""
         self.after_step(0, Codes(self.b_enc.new_zeros(0, 1), None, self.d_latent))
 
-    @torch.no_grad()
-    def fold(self, affine: Mapping[str, Affine]) -> None:
-        """Absorb the normalisation into the encoder and the three maps of the decoder; codes keep their unit."""
-        source = affine[self.spec.input]
-        sink = affine.get(TARGET, source)
-        s_in, s_out = source.scale.double(), sink.inverse_scale().double()
-        w_enc = self.W_enc.double()
-        w_enc = s_in * w_enc if s_in.ndim == 0 else w_enc @ s_in.t()
-        if not self.subtracts_b_dec:
-            self.b_enc.sub_(w_enc @ source.mean.double())
-        self.W_enc.copy_(w_enc)
-        for weights in (self.C1, self.C2, self.C3, self.b_dec):
-            wide = weights.double()
-            weights.copy_(s_out * wide if s_out.ndim == 0 else s_out.t() @ wide)
-        self.b_dec.add_(sink.mean)
+    def written(self) -> tuple[Tensor, ...]:
+        """The three maps of the decoder; codes keep their unit."""
+        return self.C1.t(), self.C2.t(), self.C3.t()

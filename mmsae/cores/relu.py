@@ -51,7 +51,7 @@ class ReLU(LinearCore):
     def losses(self, batch: Batch) -> Losses:
         """Squared error and L1."""
         losses = super().losses(batch)
-        codes, norms = losses.codes, self.W_dec.norm(dim=-1)
+        codes, norms = losses.codes, self.decoder_norms()
         if codes.indices is None:
             price = codes.values @ norms
         else:

@@ -68,22 +68,27 @@ class TopK(LinearCore):
     def losses(self, batch: Batch) -> Losses:
         """Fraction of variance unexplained, and AuxK once latents have died."""
         x, target = self.inputs(batch), self.target(batch)
-        codes = self.encode(x)
+        codes = self.encode(x, batch)
         terms, reconstruction = self.reconstruct(target, codes)
-        if self.aux_coefficient and self.training:
-            terms["aux"] = self.aux_coefficient * self.auxk(x, target - reconstruction.detach())
+        terms |= self.auxiliary(x, target, reconstruction)
         return Losses(terms, codes, reconstruction)
 
     def reconstruct(self, target: Tensor, codes: Codes) -> tuple[dict[str, Tensor], Tensor]:
         """The main term, and the reconstruction."""
-        reconstruction = self.decode(codes)
+        reconstruction = self.joined(self.decode(codes))
         return {"reconstruction": squared_error(target, reconstruction) / self.variance}, reconstruction
 
     def idle_latents(self) -> Tensor:
         """Latents that AuxK teaches, int64 `[n]`: the dead ones."""
         return self.dead_latents(self.dead_after)
 
-    def auxk(self, x: Tensor, residual: Tensor) -> Tensor:
+    def auxiliary(self, x: Tensor | dict[str, Tensor], target: Tensor, reconstruction: Tensor) -> dict[str, Tensor]:
+        """AuxK with its weight; nothing in `eval` or where it is switched off."""
+        if not (self.aux_coefficient and self.training):
+            return {}
+        return {"aux": self.aux_coefficient * self.auxk(x, (target - reconstruction).detach())}
+
+    def auxk(self, x: Tensor | dict[str, Tensor], residual: Tensor) -> Tensor:
         """Share of the residual's variance that the best `k_aux` dead latents leave unexplained (0 if none is dead).
 
         Only dead latents are computed: as a dense matrix while they are few, as pairs when they are many.
@@ -91,9 +96,9 @@ class TopK(LinearCore):
         dead = self.idle_latents()
         if len(dead) == 0:
             return residual.new_zeros(())
-        k_aux = min(self.k_aux or max(self.spec.d_out // 2, 1), len(dead))
+        k_aux = min(self.k_aux or max(len(self.b_dec) // 2, 1), len(dead))
         x, table, bias, centre = self.encoder(x)
-        table, bias, rows = table.index_select(0, dead), bias.index_select(0, dead), self.W_dec.index_select(0, dead)
+        table, bias, rows = (t.index_select(0, dead) for t in (table, bias, self.decoder_rows))
         # no b_dec in the explanation: the residual has none
         if len(dead) < CROSSOVER * k_aux:
             # rows of zeros explain nothing; they keep the sizes few, as oneDNN compiles and keeps a product for each

@@ -82,7 +82,7 @@ class Variational(TopK):
         if self.spread == "fixed":
             sampled = mean + self.sigma * torch.randn_like(mean) if self.sigma else mean
         else:
-            log_variance = dense_linear(self.encoder(x)[0], self.W_var, self.b_var).float().clamp(-6, 2)
+            log_variance = dense_linear(self.encoder(x)[0], self.W_var, self.b_var).to(mean.dtype).clamp(-6, 2)
             sampled = mean + (log_variance / 2).exp() * torch.randn_like(mean)
             kl = kl + log_variance.exp() - 1 - log_variance
         indices = sampled.detach().abs().topk(self.k, dim=-1, sorted=False).indices
@@ -97,8 +97,7 @@ class Variational(TopK):
         terms, reconstruction = self.reconstruct(target, codes)
         if self.kl_coefficient:
             terms["sparsity"] = self.kl_coefficient * kl.mean() / self.variance  # so named to be warmed up
-        if self.aux_coefficient:
-            terms["aux"] = self.aux_coefficient * self.auxk(x, target - reconstruction.detach())
+        terms |= self.auxiliary(x, target, reconstruction)
         return Losses(terms, codes, reconstruction)
 
     @torch.no_grad()
@@ -107,7 +106,6 @@ class Variational(TopK):
         super().fold(affine)
         if self.spread == "learned":
             source = affine[self.spec.input]
-            scale, table = source.scale.double(), self.W_var.double()
-            table = scale * table if scale.ndim == 0 else table @ scale.t()
+            table = source.reading(self.W_var)
             self.b_var.sub_(table @ source.mean.double())
             self.W_var.copy_(table)

@@ -7,16 +7,18 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from mmsae.codes import Codes
 from mmsae.errors import MmsaeError
+from mmsae.spec import TARGET, Batch
 
 if TYPE_CHECKING:  # the core of the same name uses this file
     from mmsae.cores.base import SAECore
 
-CHUNK = 1024  # latents compared at a time
+CHUNK = 1024  # latents looked at at a time
 
 
 class AFA(NamedTuple):
-    """For each row.
+    """For each row of one stream.
 
     Attributes:
         norm: Of the activation, `[n]`.
@@ -32,34 +34,77 @@ class AFA(NamedTuple):
     error: Tensor
 
 
+class DecoderNorms(NamedTuple):
+    """Of one stream.
+
+    Attributes:
+        rows: Norm of what each latent writes, `[d_latent]`.
+        bias: Norm of what is written when no latent fires.
+    """
+
+    rows: Tensor
+    bias: Tensor
+
+
+def refusal(core: SAECore) -> str:
+    """Why the norms of a dictionary's codes and activations cannot be compared; empty if they can."""
+    name = type(core).__name__
+    if TARGET in core.spec.streams:
+        return f"AFA compares norms of input and code; {name} with a target does not map one to the other."
+    if not core.linear_decode:
+        return f"AFA needs latents that each add one vector; those of {name} also act in products."
+    return ""
+
+
 @torch.no_grad()
-def afa(core: SAECore, x: Tensor) -> AFA:
-    """Compare the norms of activations with those of their codes.
+def decoder_norms(core: SAECore) -> dict[str, DecoderNorms]:
+    """Norms of the decoder rows and of the bias of each stream, read off a linear `decode`."""
+    if why := refusal(core):
+        raise MmsaeError(why)
+    device = core.rows_seen.device
+    silent = Codes(torch.zeros(1, 1, device=device), torch.zeros(1, 1, dtype=torch.int64, device=device), core.d_latent)
+    bias = core.by_stream(core.decode(silent))
+    rows: dict[str, list[Tensor]] = {stream: [] for stream in bias}
+    for latents in torch.arange(core.d_latent, device=device).split(CHUNK):
+        alone = Codes(torch.ones(len(latents), 1, device=device), latents[:, None], core.d_latent)
+        for stream, written in core.by_stream(core.decode(alone)).items():
+            rows[stream].append((written - bias[stream]).norm(dim=-1))
+    return {stream: DecoderNorms(torch.cat(rows[stream]), bias[stream].norm()) for stream in bias}
+
+
+@torch.no_grad()
+def afa(
+    core: SAECore,
+    x: Tensor | dict[str, Tensor],
+    batch: Batch | None = None,
+    norms: dict[str, DecoderNorms] | None = None,
+) -> dict[str, AFA]:
+    """Compare the norms of activations with those of their codes, in each stream that the dictionary writes.
 
     A point above the diagonal of `norm` and `estimate` has a code larger than the activation: its latents point against
     each other; one below leaves norm unexplained.
 
     Args:
-        core: A trained dictionary of one stream with a linear decoder.
-        x: `[n, d_in]`, as the dictionary takes them.
+        core: A trained dictionary with a linear decoder.
+        x: `[n, d_in]`, as the dictionary takes them; a dict by stream if it reads several.
+        batch: For cores with `needs`.
+        norms: Of `decoder_norms`, when many batches are measured.
     """
-    if not core.linear_decode or core.spec.d_in != core.spec.d_out:
-        raise MmsaeError(f"AFA compares norms of input and code; {type(core).__name__} does not map one to the other.")
-    codes = core.encode(x)
-    norms = core.dictionary.norm(dim=-1)
-    if codes.indices is not None:
-        norms = norms.index_select(0, codes.indices.flatten()).view_as(codes.values)
-    reconstruction = core.decode(codes)
-    assert isinstance(reconstruction, Tensor)
-    offset = core.decode(type(codes)(codes.values[:1] * 0, None if codes.indices is None else codes.indices[:1],
-                                     core.d_latent))  # fmt: skip
-    assert isinstance(offset, Tensor)
-    estimate = ((codes.values * norms).pow(2).sum(-1) + offset.pow(2).sum()).sqrt()
-    norm = x.norm(dim=-1)
-    gap = (norm.pow(2) - estimate.pow(2)).abs()
-    epsilon = gap / ((core.d_latent - 1) * estimate.pow(2)).clamp_min(1e-30)
-    error = (x - reconstruction).pow(2).sum(-1) / norm.pow(2).clamp_min(1e-30)
-    return AFA(norm, estimate, epsilon, error)
+    norms = norms or decoder_norms(core)
+    codes = core.encode(x, batch)
+    found = {}
+    for stream, reconstruction in core.by_stream(core.decode(codes)).items():
+        rows, bias = norms[stream]
+        own = x[stream] if isinstance(x, dict) else x
+        weights = rows if codes.indices is None else rows[codes.indices]
+        estimate = ((codes.values * weights).pow(2).sum(-1) + bias.pow(2)).sqrt()
+        norm = own.norm(dim=-1)
+        gap = (norm.pow(2) - estimate.pow(2)).abs()
+        others = max(int((rows > 0).sum()) - 1, 1)  # places that ITDA did not need are no vectors
+        epsilon = gap / (others * estimate.pow(2)).clamp_min(1e-30)
+        error = (own - reconstruction).pow(2).sum(-1) / norm.pow(2).clamp_min(1e-30)
+        found[stream] = AFA(norm, estimate, epsilon, error)
+    return found
 
 
 @torch.no_grad()

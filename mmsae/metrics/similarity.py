@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
+
+CHUNK = 1024  # dictionary rows compared at a time
 
 
 def jaccard(one: Tensor, other: Tensor) -> float:
@@ -37,12 +40,53 @@ def svcca(x: Tensor, y: Tensor, kept: float = 0.99) -> float:
         y: `[n, e]`.
         kept: Share of the variance that the components hold.
     """
-    bases = []
-    for side in (_centred(x), _centred(y)):
-        left, sizes, _ = torch.linalg.svd(side, full_matrices=False)
-        shares = sizes.pow(2).cumsum(0) / sizes.pow(2).sum()
-        bases.append(left[:, : int((shares < kept).sum()) + 1])
-    return float(torch.linalg.svdvals(bases[0].T @ bases[1]).mean())
+    return canonical(components(x, kept), components(y, kept))
+
+
+def components(x: Tensor, kept: float = 0.99) -> Tensor:
+    """Orthonormal scores `[n, r]` of the rows on the leading principal components, for `canonical`."""
+    left, sizes, _ = torch.linalg.svd(_centred(x), full_matrices=False)
+    shares = sizes.pow(2).cumsum(0) / sizes.pow(2).sum()
+    return left[:, : int((shares < kept).sum()) + 1]
+
+
+def canonical(one: Tensor, other: Tensor) -> float:
+    """Mean canonical correlation of two sets of `components` of the same rows."""
+    return float(torch.linalg.svdvals(one.T @ other).mean())
+
+
+def best_cosine(one: Tensor, other: Tensor, signed: bool = False) -> float:
+    """Mean over the latents of both dictionaries of the cosine with the nearest latent of the other.
+
+    Args:
+        one: `[n, d]`; rows of zeros are left out.
+        other: `[m, d]`, of the same model and stream, without which directions cannot be compared.
+        signed: Whether opposite directions are the same latent.
+    """
+    one, other = _units(one), _units(other)
+    rows, columns = one.new_zeros(len(one)), other.new_full((len(other),), -1.0)
+    for begin in range(0, len(one), CHUNK):
+        cosines = one[begin : begin + CHUNK] @ other.T
+        cosines = cosines.abs() if signed else cosines
+        rows[begin : begin + CHUNK] = cosines.max(1).values
+        columns = torch.maximum(columns, cosines.max(0).values)
+    return float((rows.mean() + columns.mean()) / 2)
+
+
+def matched_cosine(one: Tensor, other: Tensor, signed: bool = False) -> float:
+    """Mean cosine of the latents of two dictionaries paired off one to one, as well as possible (Hungarian method).
+
+    Cubic in the number of latents: two seconds for four thousand random rows.
+
+    Args:
+        one: `[n, d]`; rows of zeros are left out.
+        other: `[m, d]`, of the same model and stream; of the larger dictionary some latents stay without a partner.
+        signed: Whether opposite directions are the same latent.
+    """
+    cosines = _units(one) @ _units(other).T
+    cosines = cosines.abs() if signed else cosines
+    rows, columns = linear_sum_assignment(cosines.cpu().numpy(), maximize=True)
+    return float(cosines[torch.from_numpy(rows), torch.from_numpy(columns)].mean())
 
 
 def layer_matching(similarity: Tensor) -> float:
@@ -54,6 +98,11 @@ def layer_matching(similarity: Tensor) -> float:
     own = torch.arange(len(similarity), device=similarity.device)
     hits = torch.cat([similarity.argmax(0) == own, similarity.argmax(1) == own])
     return float(hits.float().mean())
+
+
+def _units(rows: Tensor) -> Tensor:
+    norms = rows.norm(dim=-1, keepdim=True)
+    return (rows / norms.clamp_min(1e-30))[norms[:, 0] > 0]
 
 
 def _centred(x: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from synthetic import batch_of, low_coherence, scores, train
+from synthetic import batch_of, bipolar, scores, train
 from torch.testing import assert_close
 
 from mmsae.cores import AbsTopK, TopK
@@ -52,15 +52,6 @@ def test_k_above_the_dictionary_is_refused():
         AbsTopK(D, M, k=30)
 
 
-def bidirectional(features, n, seed):
-    """3 of the features, with either sign."""
-    g = torch.Generator().manual_seed(seed)
-    on = torch.rand(n, len(features), generator=g) < 3 / len(features)
-    sign = 2 * torch.randint(0, 2, on.shape, generator=g) - 1
-    x = (on * sign * (0.5 + torch.rand(on.shape, generator=g))) @ features
-    return x + 0.02 * torch.randn(x.shape, generator=g)
-
-
 def bipolar_share(core, x):
     """Of the latents that fire in 1e-3 of the rows or more, those with a quarter or more of their firings on the
     rarer sign."""
@@ -79,16 +70,16 @@ def test_t20_two_directions_share_a_latent():
         "TopK": lambda: TopK(24, 32, k=3, dead_after=20 * 256),
         "TopK, twice the latents": lambda: TopK(24, 64, k=3, dead_after=20 * 256),
     }
-    seen, bipolar = {name: [] for name in makers}, {name: [] for name in makers}
+    seen, shares = {name: [] for name in makers}, {name: [] for name in makers}
     for seed in (0, 1, 2):
-        features = low_coherence(32, 24, seed)
-        pool, held = bidirectional(features, 30_000, 100 + seed), bidirectional(features, 20_000, 200 + seed)
+        world = bipolar(32, 24, s=3, seed=seed)
+        pool, held = world.rows(30_000, 100 + seed), world.rows(20_000, 200 + seed)
         for name, make in makers.items():
             torch.manual_seed(300 + seed)
             core = train(make(), pool, 1200, 256, 400 + seed, lr=5e-3).eval()
-            seen[name].append(scores(core, held, features).fvu)
-            bipolar[name].append(bipolar_share(core, held))
-    print(seen, bipolar)
+            seen[name].append(scores(core, held, world.features).fvu)
+            shares[name].append(bipolar_share(core, held))
+    print(seen, shares)
 
     def gate(high, low, factor):
         """For the mean over the seeds, and for all seeds but one."""
@@ -97,5 +88,5 @@ def test_t20_two_directions_share_a_latent():
 
     gate(seen["TopK, twice the latents"], seen["AbsTopK"], 1.1)
     gate(seen["TopK"], seen["AbsTopK"], 0.5)
-    assert min(bipolar["AbsTopK"]) >= 0.9
-    assert max(bipolar["TopK"] + bipolar["TopK, twice the latents"]) == 0
+    assert min(shares["AbsTopK"]) >= 0.9
+    assert max(shares["TopK"] + shares["TopK, twice the latents"]) == 0

@@ -3,8 +3,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from scipy.optimize import linear_sum_assignment
-from synthetic import batch_of, scores, train
+from synthetic import batch_of, scores, train, tree
 from torch.testing import assert_close
 
 from mmsae.codes import Codes
@@ -12,6 +11,7 @@ from mmsae.cores import BatchTopK, MatchingPursuit, TopK
 from mmsae.cores import matching_pursuit as file
 from mmsae.errors import MmsaeError
 from mmsae.kernels import linear_batch_topk
+from mmsae.metrics.ground_truth import match
 
 D, M = 10, 24
 X = torch.randn(50, D, generator=torch.Generator().manual_seed(1))
@@ -132,37 +132,6 @@ def test_a_transcoder_is_refused():
         MatchingPursuit(4, 8, k=0)
 
 
-def tree(seed, epsilon=(0.3, 0.0895), d=20):
-    """Eleven exclusive parents, three of which have three exclusive children; `(features [20, d], draw)`."""
-    q = torch.linalg.qr(torch.randn(d, d, generator=torch.Generator().manual_seed(seed)))[0]
-    groups = [list(range(11)), *([11 + 3 * i, 12 + 3 * i, 13 + 3 * i] for i in range(3))]
-    rows = q[:20].clone()
-    for group, e in zip(groups, (epsilon[0], *[epsilon[1]] * 3), strict=True):
-        others = q[group].sum(0, keepdim=True) - q[group]
-        rows[group] = (1 - e) * q[group] + e / (len(group) - 1) * others
-    rows /= rows.norm(dim=-1, keepdim=True)
-    p_top = torch.tensor([0.2] * 3 + [0.05] * 8)
-
-    def draw(n, seed):
-        g = torch.Generator().manual_seed(seed)
-        on = torch.zeros(n, 20, dtype=torch.bool)
-        top = torch.multinomial(p_top, n, replacement=True, generator=g)
-        on[torch.arange(n), top] = True
-        child = torch.multinomial(torch.tensor([0.2, 0.2, 0.2, 0.4]), n, replacement=True, generator=g)
-        has = (top < 3) & (child < 3)
-        on[has.nonzero()[:, 0], (11 + 3 * top + child)[has]] = True
-        return (on * (1.5 + 0.25 * torch.randn(n, 20, generator=g))) @ rows, on
-
-    return rows, draw
-
-
-def matched(core, features):
-    rows = core.dictionary / core.dictionary.norm(dim=-1, keepdim=True)
-    cosines = (features @ rows.T).detach().numpy()
-    one, other = linear_sum_assignment(-cosines)
-    return float(cosines[one, other].mean())
-
-
 class _OfMean(BatchTopK):
     """BatchTopK with a mean L0 that is no integer."""
 
@@ -182,9 +151,9 @@ def test_t7_children_are_found_beside_their_parents():
     """Acceptance test T7: what BatchTopK and TopK, with the same true L0, mix up; and any k at inference."""
     seen = []
     for seed in (0, 1, 2):
-        features, draw = tree(seed)
-        (pool, on), (held, _) = draw(20_000, 100 + seed), draw(5000, 200 + seed)
-        l0 = float(on.float().sum(-1).mean())
+        world = tree(seed)
+        (pool, coefficients), held = world.draw(20_000, 100 + seed), world.rows(5000, 200 + seed)
+        features, l0 = world.features, float((coefficients != 0).float().sum(-1).mean())
         torch.manual_seed(300 + seed)
         mp = train(MatchingPursuit(20, 20, k=4, tolerance=0.05), pool, 3000, 200, seed=400 + seed, lr=5e-3).eval()
         torch.manual_seed(300 + seed)
@@ -200,7 +169,7 @@ def test_t7_children_are_found_beside_their_parents():
             by_steps = [float((held - mp.decode(mp.encode(held, steps=n))).pow(2).sum() / total) for n in range(1, 9)]
         seen.append(
             {
-                "matched": [matched(core, features) for core in (mp, batch, top, one)],
+                "matched": [float(match(core.dictionary, features).cosine.mean()) for core in (mp, batch, top, one)],
                 "fvu": [scores(core, held, features).fvu for core in (mp, batch, top, one)],
                 "steps": by_steps,
                 "topk at 2 and 4": [scores(core, held, features).fvu for core in (top, wide)],

@@ -52,7 +52,8 @@ def absorption(core, data, seed):
     The latent of a parent is the one of best F1 with it over all rows (a latent that misses the rows with children
     still fires for the parent alone).
     """
-    x, on = data.rows(20_000, seed)
+    drawn = data.draw(20_000, seed)
+    x, on = drawn.x, drawn.on
     fired = core.eval().encode(x).dense() > 0
     rates, places = [], []
     for parent in range(4):
@@ -74,8 +75,8 @@ def test_t11_children_do_not_absorb_their_parents():
     seen = {"prefixes": [], "one prefix": []}
     for seed in (0, 1, 2):
         data = absorb(seed)
-        pool, on = data.rows(30_000, 100 + seed)
-        k = round(float(on.sum(1).float().mean()))
+        drawn = data.draw(30_000, 100 + seed)
+        pool, k = drawn.x, round(float(drawn.on.sum(1).float().mean()))
         for name, prefixes in {"prefixes": (4 / 32, 12 / 32, 1), "one prefix": (1,)}.items():
             torch.manual_seed(300 + seed)
             core = Matryoshka(48, 32, k=k, prefixes=prefixes, dead_after=20 * 256)

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from synthetic import best_cosines, low_coherence, scores, train
+from synthetic import best_cosines, bind, scores, train
 from torch.testing import assert_close
 
 from mmsae.codes import Codes
@@ -103,29 +103,6 @@ def test_bad_ranks_are_refused():
         PolySAE(10, 24, k=2, rank2=12, rank3=4)
 
 
-def bind(seed, n=24, d=32):
-    """Four pairs that add a direction of their own when both are on, four that merely co-occur, three times as often.
-
-    Gives `(features, bound, control, draw)`.
-    """
-    directions = low_coherence(n + 4, d, seed)
-    features, own = directions[:n], directions[n:]
-    bound, control = torch.arange(8).view(4, 2), torch.arange(8, 16).view(4, 2)
-
-    def draw(n_rows, seed):
-        g = torch.Generator().manual_seed(seed)
-        on = torch.rand(n_rows, n, generator=g) < 0.06
-        for pairs, p in ((bound, 0.03), (control, 0.10)):
-            together = torch.rand(n_rows, 4, generator=g) < p
-            for number, pair in enumerate(pairs):
-                on[:, pair] |= together[:, [number]]
-        a = on * (0.5 + torch.rand(n_rows, n, generator=g))
-        x = a @ features + 2 * (a[:, bound[:, 0]] * a[:, bound[:, 1]]) @ own
-        return x + 0.02 * torch.randn(n_rows, d, generator=g), a
-
-    return features, bound, control, draw
-
-
 def strengths(core, features, pairs):
     """Norm of the interaction of each pair of features, in units of their mean codes; and how often both fire."""
     rows = core.dictionary / core.dictionary.norm(dim=-1, keepdim=True)
@@ -138,8 +115,9 @@ def test_t10_bound_pairs_need_no_latents_of_their_own():
     """Acceptance test T10: as many latents as features; the linear twin has rank2=0."""
     seen = []
     for seed in (0, 1, 2):
-        features, bound, control, draw = bind(seed)
-        pool, held = draw(40_000, 100 + seed)[0], draw(10_000, 200 + seed)[0]
+        world = bind(seed)
+        features, (bound, _), control = world.features, world.bound, world.control
+        pool, held = world.rows(40_000, 100 + seed), world.rows(10_000, 200 + seed)
         figures = {}
         for rank2 in (16, 0):
             torch.manual_seed(300 + seed)

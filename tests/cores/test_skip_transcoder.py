@@ -3,7 +3,8 @@ import torch
 from synthetic import train
 from torch.testing import assert_close
 
-from mmsae.cores import BatchTopK, SkipTranscoder, TopK
+from mmsae.codes import Codes
+from mmsae.cores import BatchTopK, JumpReLU, JumpReLUSkipTranscoder, SkipTranscoder, TopK
 from mmsae.errors import MmsaeError
 from mmsae.spec import ACTS, TARGET
 
@@ -38,6 +39,21 @@ def test_reconstruction_is_the_formula():
     assert_close(core.skip(x), x @ core.W_skip.T)
 
 
+def test_the_path_helps_jump_relu_too():
+    """On a linear function; the ablation is the transcoder without the path, at the same price."""
+    x = 2 * torch.randn(2000, D, generator=torch.Generator().manual_seed(1))
+    turn = torch.linalg.qr(torch.randn(D, D, generator=torch.Generator().manual_seed(2)))[0]
+    rows, seen = torch.cat([x, x @ turn + 3], -1), {}
+    for cls in (JumpReLU, JumpReLUSkipTranscoder):
+        torch.manual_seed(0)
+        core = cls({"x": D, TARGET: D}, M, sparsity_coefficient=1.0, target_l0=4)
+        train(core, rows, 400, 200, seed=1, lr=1e-2, batches=batch)
+        seen[cls] = target_fvu(core.eval()(x), rows[:, D:]), float(core.encode(x).l0().float().mean())
+    print(seen)
+    assert seen[JumpReLUSkipTranscoder][0] < 0.5 * seen[JumpReLU][0]
+    assert seen[JumpReLUSkipTranscoder][1] < seen[JumpReLU][1]
+
+
 def test_every_part_receives_a_gradient_and_auxk_trains_the_dead_encoder():
     core = SkipTranscoder(SPEC, M, k=3, dead_after=10).train()
     core.start(batch(ROWS))
@@ -54,9 +70,11 @@ def test_every_part_receives_a_gradient_and_auxk_trains_the_dead_encoder():
 def test_codes_without_the_affine_part_are_refused():
     core = SkipTranscoder(SPEC, M, k=3)
     codes = core.encode(ROWS[:, :D])
-    codes.extra.clear()
-    with pytest.raises(MmsaeError, match="do not carry the affine part"):
-        core.decode(codes)
+    stored = Codes(codes.values, codes.indices, codes.d_latent)  # as a store gives them back
+    with pytest.raises(MmsaeError, match="do not carry the affine part of a SkipTranscoder, which no store"):
+        core.decode(stored)
+    stored.extra["skip"] = core.skip(ROWS[:, :D])
+    assert_close(core.decode(stored), core.decode(codes))
 
 
 def test_data_without_a_target_are_refused():

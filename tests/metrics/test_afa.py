@@ -3,9 +3,9 @@ import torch
 from synthetic import low_coherence
 from torch.testing import assert_close
 
-from mmsae.cores import ReLU, TopK
+from mmsae.cores import ITDA, AbsTopK, Crosscoder, PolySAE, ReLU, TopK
 from mmsae.errors import MmsaeError
-from mmsae.metrics.afa import afa, coherence
+from mmsae.metrics.afa import afa, coherence, decoder_norms
 from mmsae.spec import TARGET
 
 X = torch.randn(50, 10, generator=torch.Generator().manual_seed(1)) + 0.5
@@ -39,7 +39,7 @@ def test_of_orthonormal_rows_the_estimate_is_the_norm_of_the_reconstruction():
     with torch.no_grad():
         core.W_dec.copy_(torch.linalg.qr(torch.randn(10, 10))[0])
         core.W_enc.copy_(core.W_dec)
-    found = afa(core, X)
+    found = afa(core, X)["x"]
     assert_close(found.estimate, core(X).detach().norm(dim=-1))
     assert_close(found.norm, X.norm(dim=-1))
     assert_close(found.error, 1 - (found.estimate / found.norm) ** 2)
@@ -59,9 +59,56 @@ def test_the_estimate_weighs_codes_by_decoder_norms_and_adds_the_bias(dense):
         assert codes.is_dense == dense
         weighted = codes.dense() * core.W_dec.norm(dim=-1)
         want = torch.cat([weighted, core.b_dec.norm().expand(50, 1)], dim=1).norm(dim=-1)
-    assert_close(afa(core, X).estimate, want)
+    assert_close(afa(core, X)["x"].estimate, want)
+
+
+def test_signs_of_codes_do_not_matter():
+    torch.manual_seed(0)
+    core = AbsTopK(10, 30, k=4)
+    with torch.no_grad():
+        assert (core.encode(X).values < 0).any()
+        want = (core.encode(X).dense() * core.W_dec.norm(dim=-1)).norm(dim=-1)
+    assert_close(afa(core, X)["x"].estimate, want)
+
+
+def test_norms_are_read_off_the_decoder():
+    torch.manual_seed(0)
+    core = ReLU(10, 1500)  # more than are looked at at a time
+    with torch.no_grad():
+        core.W_dec *= torch.rand(1500, 1)
+        core.b_dec.normal_()
+    found = decoder_norms(core)["x"]
+    assert_close(found.rows, core.W_dec.detach().norm(dim=-1))
+    assert_close(found.bias, core.b_dec.detach().norm())
+
+
+def test_each_stream_of_a_crosscoder_has_its_own():
+    torch.manual_seed(0)
+    core = Crosscoder({"a": 10, "b": 7}, 40, init_norm=1.0)
+    x = {"a": X, "b": torch.randn(50, 7)}
+    found = afa(core, x)
+    with torch.no_grad():
+        z = core.encode(x).dense()
+        want = {stream: (z * rows.norm(dim=-1)).norm(dim=-1) for stream, rows in core.dictionaries.items()}
+    assert set(found) == {"a", "b"}
+    for stream in want:
+        assert_close(found[stream].estimate, want[stream])
+        assert_close(found[stream].norm, x[stream].norm(dim=-1))
+
+
+def test_places_that_itda_did_not_need_are_no_vectors():
+    core = ITDA(10, 500, k=3, threshold=0.5)
+    core.partial_fit({"acts": {"x": X}})
+    found, n = afa(core.eval(), X)["x"], int(core.n_atoms)
+    assert n < 50
+    assert_close(found.epsilon, (found.norm**2 - found.estimate**2).abs() / ((n - 1) * found.estimate**2))
 
 
 def test_transcoders_are_refused():
     with pytest.raises(MmsaeError, match="AFA compares norms"):
         afa(TopK({"x": 10, TARGET: 4}, 20, k=2), X)
+
+
+def test_decoders_with_products_are_refused():
+    with pytest.raises(MmsaeError, match="PolySAE also act in products"):
+        afa(PolySAE(10, 20, k=2, rank2=4, rank3=2), X)

@@ -8,15 +8,16 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "contracts")]
 warnings.simplefilter("ignore")
 torch.set_num_threads(1)
 
 import lightning as L  # noqa: E402
-from tiny import Vectors, adam, live, stored, trainer  # noqa: E402
+from tiny import Vectors, adam, live, planted, stored, trainer  # noqa: E402
 
 from mmsae.cores import PCA, BatchTopK, JumpReLU, TopK  # noqa: E402
 from mmsae.errors import MmsaeError  # noqa: E402
+from mmsae.spec import ActivationSpec  # noqa: E402
 from mmsae.training.extract import ExtractModule  # noqa: E402
 from mmsae.training.module import SAEModule  # noqa: E402
 
@@ -67,5 +68,49 @@ def extract(folder):
     trainer(max_steps=-1, **TWO).predict(module, return_predictions=False)
 
 
+class Shared:
+    """Batches of which each rank gets every other row; the sample for the start is the same for all."""
+
+    def __init__(self, rank, n_ranks):
+        self.rank, self.n_ranks = rank, n_ranks
+        x = planted(10 * 64 + 256, 12)
+        y = x[:, torch.arange(12).roll(1)].abs()
+        self.acts = {"x": x, "target": y, "one": x[:, :5], "other": x[:, 5:]}
+
+    def _rows(self, rows):
+        acts = {stream: t[rows] for stream, t in self.acts.items()}
+        return {"acts": acts, "grads": {stream: 1e-3 * t.cos() for stream, t in acts.items()}}
+
+    def sample(self, n):
+        return self._rows(slice(640, None))
+
+    def __iter__(self):
+        return (self._rows(slice(64 * i + self.rank, 64 * (i + 1), self.n_ranks)) for i in range(10))
+
+    def __len__(self):
+        return 10
+
+
+def all_cores(folder, n_ranks=2):
+    """Ten steps of every core that learns by gradients, all in one pass."""
+    from test_cores import LEARNING
+
+    torch.manual_seed(0)
+    built = {}
+    for name, make in LEARNING.items():
+        core = make()
+        if hasattr(core, "dead_after"):
+            core.dead_after = 10**9  # AuxK is a share of the variance of a rank's own rows
+        built[name] = core
+    spec = ActivationSpec({"x": 12, "target": 12, "one": 5, "other": 7})
+    module = SAEModule(built.pop("TopK"), spec, also=built, lr_warmup_steps=0, lr_decay=0, sparsity_warmup=0,
+                       optimizer=lambda groups: torch.optim.SGD(groups, lr=0.02))  # fmt: skip
+    two = TWO if n_ranks == 2 else {}
+    run = trainer(max_steps=10, log_every_n_steps=0, **two)
+    run.fit(module, Shared(run.global_rank, n_ranks))
+    state = {k.replace("cores.main", "cores.TopK"): v.clone() for k, v in module.state_dict().items()}
+    torch.save(state, folder / f"cores{run.global_rank}of{n_ranks}.pt")
+
+
 if __name__ == "__main__":
-    {"fit": fit, "free": free, "extract": extract}[sys.argv[1]](Path(sys.argv[2]))
+    {"fit": fit, "all_cores": all_cores, "free": free, "extract": extract}[sys.argv[1]](Path(sys.argv[2]))

@@ -49,6 +49,37 @@ def test_ranks_share_the_rows_and_agree_on_everything(tmp_path):
     assert one["metrics"]["val/fvu"] == pytest.approx(float(fvu), rel=1e-4)  # folded in float32
 
 
+PER_RANK = {
+    "BatchTopK": "the largest of a rank's own rows",
+    "FeatureChoice": "a latent's best among a rank's own rows",
+    "Matryoshka": "as BatchTopK",
+    "BatchTopKCrosscoder": "as BatchTopK",
+    "JumpReLU-target_l0": "the distance from the target is squared on each rank",
+    "Variational": "each rank draws its own noise",
+    "Variational-learned": "each rank draws its own noise",
+}
+"""Cores whose step on two ranks is not that of one process with all rows, by design."""
+
+
+def test_two_ranks_do_what_one_process_does_with_all_rows(tmp_path):
+    from ddp import all_cores
+
+    two_processes("all_cores", tmp_path)
+    all_cores(tmp_path, n_ranks=1)
+    one, other, alone = (
+        torch.load(tmp_path / f"cores{name}.pt", weights_only=True) for name in ("0of2", "1of2", "0of1")
+    )
+    assert one.keys() == other.keys() == alone.keys()
+    unlike = set()
+    for key, value in one.items():
+        assert torch.equal(value, other[key]), key  # weights, thresholds, counters
+        if key.endswith("rows_seen"):
+            assert value == alone[key] == 640  # of both ranks
+        elif key.startswith("cores.") and not torch.allclose(value.double(), alone[key].double(), rtol=1e-4, atol=1e-5):
+            unlike.add(key.split(".")[1])
+    assert {"BatchTopK", "FeatureChoice", "Variational"} <= unlike <= set(PER_RANK)
+
+
 def test_cores_that_learn_in_one_pass_refuse_two_devices(tmp_path):
     write_store(tmp_path / "store", planted(300))
     two_processes("free", tmp_path)

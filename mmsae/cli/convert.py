@@ -15,7 +15,7 @@ from mmsae import formats
 from mmsae.cli.messages import Parser
 from mmsae.cores import SAECore
 from mmsae.errors import MmsaeError
-from mmsae.formats.check import TOLERANCE, answer_of, compare, random_rows
+from mmsae.formats.check import TOLERANCE, answer_of, compare, random_rows, width_of
 from mmsae.formats.tensors import Answer, read_safetensors
 from mmsae.store import Store
 
@@ -117,11 +117,14 @@ def _answers(path: Path, name: str, written: Path, to: str, again: SAECore) -> I
 
 
 def _read_rows(path: Path, core: SAECore) -> Tensor:
-    """At most `N_ROWS` activations `[n, d_in]`."""
+    """At most `N_ROWS` activations `[n, d_in]`, several streams side by side."""
     if path.is_dir():
         store = Store(path, verify="size")
-        stream = core.spec.input if core.spec.input in store.spec.streams else store.spec.input
-        rows = next(store.in_order(N_ROWS))["acts"][stream]
+        acts = next(store.in_order(N_ROWS))["acts"]
+        if len(core.outputs) > 1 and set(core.outputs) <= set(acts):
+            rows = core.joined(acts)
+        else:
+            rows = acts[core.spec.input if core.spec.input in acts else store.spec.input]
     elif path.suffix == ".npy" and path.is_file():
         try:
             rows = torch.from_numpy(np.load(path, allow_pickle=False))
@@ -134,8 +137,8 @@ def _read_rows(path: Path, core: SAECore) -> Tensor:
         rows = next(iter(tensors.values()))
     else:
         raise MmsaeError(f"--activations={path} is neither a store nor a file .npy or .safetensors.")
-    if rows.ndim != 2 or rows.shape[1] != core.spec.d_in or not len(rows):
-        raise MmsaeError(f"{path} holds activations of shape {list(rows.shape)}, not [n, {core.spec.d_in}].")
+    if rows.ndim != 2 or rows.shape[1] != width_of(core) or not len(rows):
+        raise MmsaeError(f"{path} holds activations of shape {list(rows.shape)}, not [n, {width_of(core)}].")
     return rows[:N_ROWS].float()
 
 

@@ -9,15 +9,29 @@ from typing import Any
 
 from mmsae.cores import SAECore
 from mmsae.errors import MmsaeError, nearest
-from mmsae.formats import dictionary_learning, gemma_scope, openai, saelens, saev, sparsify
+from mmsae.formats import (
+    dictionary_learning,
+    gemma_scope,
+    llamascopium,
+    openai,
+    prisma,
+    released,
+    saelens,
+    saev,
+    sparsify,
+)
+from mmsae.formats.tensors import read_pickle
 
 READ: dict[str, ModuleType] = {
     "saelens": saelens,
     "sparsify": sparsify,
     "dictionary_learning": dictionary_learning,
     "gemma_scope": gemma_scope,
+    "llamascopium": llamascopium,
+    "prisma": prisma,
     "openai": openai,
     "saev": saev,
+    "released": released,
 }
 """Formats that can be read; where files fit two of them, the first is taken."""
 
@@ -41,6 +55,8 @@ def detect(path: str | Path) -> str:
     inside = [child.name for child in sorted(path.iterdir()) if _recognised(child)] if path.is_dir() else []
     if inside:
         raise MmsaeError(f"{path} holds several dictionaries, so give one of its folders: {nearest('', inside)}.")
+    if path.suffix in (".pt", ".pth"):
+        read_pickle(path)  # may say that it is refused
     raise MmsaeError(f"{path} is in no format that is known here; known: {', '.join(READ)}.")
 
 
@@ -54,8 +70,16 @@ def load(path: str | Path, name: str | None = None) -> SAECore:
     Args:
         path: Its folder, or its file.
         name: Format; None finds it by the files.
+
+    Raises:
+        MmsaeError: It cannot be read, or has no core here.
     """
-    return _known(name or detect(path), READ).load(Path(path))
+    name = name or detect(path)
+    try:
+        return _known(name, READ).load(Path(path))
+    except (AttributeError, IndexError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+        # whatever else a config may hold where something different belongs
+        raise MmsaeError(f"{path} is no dictionary that {name} writes ({type(error).__name__}: {error}).") from error
 
 
 def export(core: SAECore, path: str | Path, name: str, metadata: dict[str, Any] | None = None) -> Path:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from mmsae.cores import SAECore
-from mmsae.errors import MmsaeError
 from mmsae.formats.tensors import Answer
 
 TOLERANCE = 1e-5
@@ -51,23 +50,25 @@ class Difference(NamedTuple):
 
 
 def answer_of(core: SAECore) -> Answer:
-    """What a core of ours answers."""
+    """What a core of ours answers; several streams stand side by side."""
 
     def answer(x: Tensor) -> tuple[Tensor, Tensor]:
         codes = core.encode(x)
-        reconstruction = core.decode(codes)
-        if not isinstance(reconstruction, Tensor):
-            raise MmsaeError(f"{type(core).__name__} reconstructs several streams, which no other format holds.")
-        return codes.dense(), reconstruction
+        return codes.dense(), core.joined(core.decode(codes))
 
     return answer
+
+
+def width_of(core: SAECore) -> int:
+    """How wide the rows are that a core is asked about: several streams stand side by side."""
+    return core.spec.d_in if len(core.outputs) == 1 else sum(core.spec.streams.values())
 
 
 def random_rows(core: SAECore, n_rows: int = 256, seed: int = 0) -> Tensor:
     """Gaussian rows `[n, d_in]` at scales from 0.1 to 100, since a dictionary does not say how large its inputs are."""
     generator = torch.Generator().manual_seed(seed)
     scales = 10 ** torch.linspace(-1, 2, n_rows)
-    return scales[:, None] * torch.randn(n_rows, core.spec.d_in, generator=generator)
+    return scales[:, None] * torch.randn(n_rows, width_of(core), generator=generator)
 
 
 @torch.no_grad()

@@ -1,9 +1,10 @@
-"""dictionary_learning (version 0.1): `config.json` beside the state dict `ae.pt`."""
+"""dictionary_learning (version 0.1): `config.json` beside the state dict `ae.pt`, checkpoints `ae_{step}.pt` below."""
 
 from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 import mmsae
 from mmsae.artifact import write_folder
 from mmsae.cores import BatchTopK, Gated, JumpReLU, LinearCore, Matryoshka, MultiTopK, PAnneal, ReLU, SAECore, TopK
-from mmsae.errors import MmsaeError
+from mmsae.errors import MmsaeError, nearest
 from mmsae.formats.tensors import (
     Answer,
     as_float32,
@@ -47,6 +48,10 @@ NAMES: dict[str, dict[str, str]] = {
     "JumpReluAutoEncoder": {**PLAIN, "threshold": "threshold"},
 }  # fmt: skip
 """Their classes, and our names of their tensors; those called `*.weight` are transposed."""
+BUFFERS = {
+    "AutoEncoderTopK": {"k", "threshold"}, "BatchTopKSAE": {"k"}, "MatryoshkaBatchTopKSAE": {"k", "group_sizes"}
+}  # fmt: skip
+"""What else their state dicts hold."""
 UNCENTRED = ("AutoEncoderNew", "JumpReluAutoEncoder")
 
 WRITTEN: dict[type[SAECore], tuple[str, str]] = {
@@ -62,8 +67,8 @@ WRITTEN: dict[type[SAECore], tuple[str, str]] = {
 
 
 def recognises(path: Path) -> bool:
-    """Whether a folder is one of dictionary_learning's."""
-    return (path / WEIGHTS).is_file()
+    """Whether a folder, or file, is one of dictionary_learning's."""
+    return (path / WEIGHTS).is_file() or (path.is_file() and re.fullmatch(r"ae(_\d+)?\.pt", path.name) is not None)
 
 
 # ---- writing
@@ -119,29 +124,30 @@ def export(core: SAECore, folder: str | Path, metadata: dict[str, Any] | None = 
 # ---- reading
 
 
-def load(folder: str | Path) -> SAECore:
-    """A dictionary from a folder of dictionary_learning, in `eval` mode and float32.
+def load(path: str | Path) -> SAECore:
+    """A dictionary from a folder, or file, of dictionary_learning, in `eval` mode and float32.
 
     AutoEncoder (with decoder rows of norm 1, as its own loader gives it) and AutoEncoderNew become ReLU, the others
     Gated, TopK, BatchTopK, Matryoshka and JumpReLU. A backup from the middle of a training is read as well; what
     `norm_factor` it has is folded, as at the end of the training.
 
     Args:
-        folder: Holds `config.json` and `ae.pt`.
+        path: Folder with `config.json` and `ae.pt`, or a file such as `checkpoints/ae_1000.pt`. Without a config
+            beside the file or in the folder above, its tensors tell the class, unless two classes have the same.
 
     Raises:
         MmsaeError: A file is missing, damaged or no mere state dict, or describes something that has no core here.
     """
-    folder = Path(folder)
-    config = read_json(folder / CONFIG, "dictionary_learning")
-    trainer = config.get("trainer")
-    name = trainer.get("dict_class") if isinstance(trainer, dict) else None
-    if name not in NAMES:
-        raise MmsaeError(f"{folder} has the dict_class {name!r}; known here: {', '.join(NAMES)}.")
-    file = folder / WEIGHTS
+    path = Path(path)
+    file = path / WEIGHTS if path.is_dir() else path
     state = read_pickle(file)
+    backup = isinstance(state.get("ae"), dict)
+    trainer = _trainer(file) or (state.get("config") if backup else None)
+    name = trainer.get("dict_class") if isinstance(trainer, dict) else _class_of(state["ae"] if backup else state, file)
+    if name not in NAMES:
+        raise MmsaeError(f"{path} has the dict_class {name!r}; known here: {', '.join(NAMES)}.")
     factor = 1.0
-    if isinstance(state.get("ae"), dict):
+    if backup:
         factor, state = float(state.get("norm_factor") or 1), state["ae"]
     state = dict(state)
     k, sizes = state.pop("k", trainer.get("k") if isinstance(trainer, dict) else None), state.pop("group_sizes", None)
@@ -159,9 +165,25 @@ def load(folder: str | Path) -> SAECore:
     return fill(core, tensors, centred=name not in UNCENTRED)
 
 
-def about(folder: Path) -> dict[str, Any]:
+def _trainer(file: Path) -> dict[str, Any] | None:
+    """What the config says about the trainer; None if there is none."""
+    found = (folder / CONFIG for folder in (file.parent, file.parent.parent) if (folder / CONFIG).is_file())
+    config = next(found, None)
+    return read_json(config, "dictionary_learning").get("trainer", {}) if config else None
+
+
+def _class_of(state: dict[str, Any], file: Path) -> str:
+    """The class that has these tensors."""
+    fitting = [name for name, names in NAMES.items() if {*names, *BUFFERS.get(name, ())} == set(state)]
+    if len(fitting) != 1:
+        which = f"of {' or '.join(fitting)}" if fitting else f"of no class known here ({nearest('', state)})"
+        raise MmsaeError(f"{file} has tensors {which}, and there is no {CONFIG} beside or above it: put it there.")
+    return fitting[0]
+
+
+def about(path: Path) -> dict[str, Any]:
     """`model_name` and `hook_name`, as far as the config tells."""
-    trainer = read_json(folder / CONFIG, "dictionary_learning").get("trainer") or {}
+    trainer = _trainer(path / WEIGHTS if path.is_dir() else path) or {}
     found = {"model_name": trainer.get("lm_name"), "hook_name": trainer.get("submodule_name")}
     return {key: value for key, value in found.items() if value}
 

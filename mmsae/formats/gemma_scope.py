@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mmsae.cores import JumpReLU, SAECore
+from mmsae.cores import JumpReLU, JumpReLUSkipTranscoder, SAECore
 from mmsae.errors import MmsaeError
 from mmsae.formats.tensors import check_tensors, fill, read_json, read_safetensors, two_dimensional
 from mmsae.spec import TARGET, ActivationSpec
@@ -26,7 +26,7 @@ def recognises(path: Path) -> bool:
 
 
 def load(folder: str | Path) -> SAECore:
-    """A JumpReLU from a folder of Gemma Scope, in `eval` mode and float32.
+    """A JumpReLU, or JumpReLUSkipTranscoder, from a folder of Gemma Scope, in `eval` mode and float32.
 
     The files of the first do not say what they are, so names do: dictionaries of the embedding lie in a folder
     `embedding` and are rescaled as their authors say; a repository or folder called transcoder holds those, which get
@@ -36,30 +36,33 @@ def load(folder: str | Path) -> SAECore:
         folder: Such as `layer_20/width_16k/average_l0_71`.
 
     Raises:
-        MmsaeError: A file is missing or damaged, or holds an affine skip connection or several layers.
+        MmsaeError: A file is missing or damaged, or holds several layers.
     """
     folder = Path(folder)
     file = folder / (FIRST if (folder / FIRST).is_file() else SECOND)
     state: dict[str, Any] = _read_npz(file) if file.name == FIRST else read_safetensors(file)
-    if "affine_skip_connection" in state:
-        raise MmsaeError(f"{folder} is a transcoder with an affine skip connection, for which JumpReLU has no place.")
+    skips = "affine_skip_connection" in state
     state = {f"W_{name[2:]}" if name.startswith("w_") else name: tensor for name, tensor in state.items()}
     d_in, d_latent = two_dimensional(state, "W_enc", file)
     if isinstance(state.get("W_dec"), Tensor) and state["W_dec"].ndim == 3:
         raise MmsaeError(f"{folder} is a cross-layer transcoder, which writes to several layers: no core here does.")
     d_out = two_dimensional(state, "W_dec", file)[1]
-    shapes = {
+    shapes: dict[str, tuple[int, ...]] = {
         "W_enc": (d_in, d_latent), "b_enc": (d_latent,), "threshold": (d_latent,), "W_dec": (d_latent, d_out),
         "b_dec": (d_out,),
     }  # fmt: skip
+    shapes |= {"affine_skip_connection": (d_in, d_out)} if skips else {}
     tensors = check_tensors(state, shapes, file, "Gemma Scope")
     names = folder.resolve().parts
     if file.name == FIRST and "embedding" in names:  # trained on embeddings times sqrt(d_in)
         tensors["W_enc"] = tensors["W_enc"] / d_in**0.5
         tensors["W_dec"] = tensors["W_dec"] * d_in**0.5
-    transcodes = d_in != d_out or _transcodes(folder, names)
+    transcodes = skips or d_in != d_out or _transcodes(folder, names)
     spec = ActivationSpec({"x": d_in, TARGET: d_out} if transcodes else {"x": d_in})
-    return fill(JumpReLU(spec, d_latent, target_l0=min(32, d_latent)), tensors, centred=False)
+    if skips:
+        tensors["W_skip"] = tensors["affine_skip_connection"].t()
+    core = (JumpReLUSkipTranscoder if skips else JumpReLU)(spec, d_latent, target_l0=min(32, d_latent))
+    return fill(core, tensors, centred=False)
 
 
 def about(folder: Path) -> dict[str, Any]:

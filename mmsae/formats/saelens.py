@@ -2,40 +2,44 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-import mmsae
-from mmsae.artifact import write_folder
-from mmsae.cores import BatchTopK, JumpReLU, LinearCore, Matryoshka, ReLU, SAECore, TopK
+from mmsae.cores import (
+    AbsTopK,
+    BatchTopK,
+    Gated,
+    JumpReLU,
+    JumpReLUSkipTranscoder,
+    LinearCore,
+    MatchingPursuit,
+    Matryoshka,
+    ReLU,
+    SAECore,
+    TopK,
+)
 from mmsae.errors import MmsaeError
+from mmsae.formats.saelens_writing import CONFIG, TOPKS, TRAINING, TRANSCODERS, WEIGHTS, export
 from mmsae.formats.tensors import (
     Answer,
-    as_float32,
     check_tensors,
     fill,
-    has_threshold,
+    per_row,
     read_json,
     read_safetensors,
-    tensors_of,
     unit_rows,
+    whole,
 )
 from mmsae.spec import TARGET, ActivationSpec
 
-CONFIG = "cfg.json"
-WEIGHTS = "sae_weights.safetensors"
-PACKAGE = "sae-lens"
-VERSION = "6.54.12"
-"""The sae-lens that exports are checked against; from 6.0.0 on its loader leaves the config as it is."""
+__all__ = ["PACKAGE", "about", "ask", "export", "load", "read_config", "recognises"]
 
-TRANSCODERS = {"transcoder": "standard", "jumprelu_transcoder": "jumprelu"}
-TRAINING = ("batchtopk", "matryoshka_batchtopk")
-KNOWN = ("standard", "topk", "jumprelu", *TRANSCODERS, *TRAINING)
+PACKAGE = "sae-lens"
+KNOWN = ("standard", "topk", "abstopk", "jumprelu", "gated", "matching_pursuit", *TRANSCODERS, *TRAINING)
+
 
 NOT_FOLDED = {
     "expected_average_only_in": "its factor is not in the file; in SAELens call fold_activation_norm_scaling_factor",
@@ -46,69 +50,6 @@ NOT_FOLDED = {
 def recognises(path: Path) -> bool:
     """Whether a folder is one of SAELens's."""
     return (path / CONFIG).is_file() and (path / WEIGHTS).is_file()
-
-
-# ---- writing
-
-
-def export(core: SAECore, folder: str | Path, metadata: dict[str, Any] | None = None) -> Path:
-    """Write a dictionary so that `sae_lens.SAE.load_from_disk` reads it; encode and decode then agree.
-
-    BatchTopK and Matryoshka become "jumprelu" with decoder rows of norm 1, as SAELens does it itself: the codes of a
-    latent change unit by the norm of its row, reconstructions stay.
-
-    Args:
-        core: A folded core: it takes raw activations.
-        folder: Where to; an older export there is replaced.
-        metadata: What SAELens keeps under `metadata`, such as `model_name` and `hook_name`.
-    """
-    architecture, extra = _architecture(core)
-    assert isinstance(core, LinearCore)
-    tensors = tensors_of(core, core.subtracts_b_dec)
-    if isinstance(core, BatchTopK):
-        tensors["threshold"] = tensors["threshold"].expand(core.d_latent)
-        unit_rows(tensors)
-    weights = save_tensors(as_float32(tensors))
-    config = {
-        "architecture": architecture,
-        "d_in": core.spec.d_in,
-        "d_sae": core.d_latent,
-        **extra,
-        "dtype": "float32",
-        "device": "cpu",
-        "apply_b_dec_to_input": core.subtracts_b_dec,
-        "normalize_activations": "none",
-        "reshape_activations": "none",
-        "metadata": {
-            **(metadata or {}),
-            "sae_lens_version": VERSION,
-            "sae_lens_training_version": None,
-            "exported_by": f"mmsae {mmsae.__version__} ({type(core).__name__})",
-        },
-    }
-    return write_folder(Path(folder), {WEIGHTS: weights, CONFIG: json.dumps(config, indent=1).encode()}, mark=CONFIG)
-
-
-def _architecture(core: SAECore) -> tuple[str, dict[str, Any]]:
-    transcodes = TARGET in core.spec.streams
-    name = {ReLU: "standard", TopK: "topk", JumpReLU: "jumprelu", BatchTopK: "jumprelu", Matryoshka: "jumprelu"}.get(
-        type(core)  # the exact class: a subclass may select in another way
-    )
-    if name is None or (transcodes and name == "topk"):
-        what = f"{type(core).__name__}{' transcoder' if transcodes else ''}"
-        raise MmsaeError(
-            f"SAELens has no architecture for a {what}; it takes ReLU, TopK, JumpReLU, BatchTopK and Matryoshka, "
-            "and all but TopK as transcoders: keep this one in the format of mmsae."
-        )
-    assert isinstance(core, LinearCore)
-    has_threshold(core)
-    if transcodes:
-        name = {plain: full for full, plain in TRANSCODERS.items()}[name]
-        return name, {"d_out": core.spec.d_out}
-    return name, {"k": core.k, "rescale_acts_by_decoder_norm": False} if name == "topk" else {}
-
-
-# ---- reading
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:
@@ -149,11 +90,17 @@ def _from_before_6(old: dict[str, Any]) -> dict[str, Any]:
 def load(folder: str | Path) -> SAECore:
     """A dictionary from a SAELens folder, in `eval` mode and float32.
 
-    "standard" becomes ReLU, "topk" TopK, "jumprelu" JumpReLU, both transcoders a core with a stream `target`, and the
-    training checkpoints "batchtopk" and "matryoshka_batchtopk" BatchTopK and Matryoshka.
+    "standard" becomes ReLU, "topk" TopK, "abstopk" AbsTopK, "jumprelu" JumpReLU, "gated" Gated, and the training
+    checkpoints "batchtopk" and "matryoshka_batchtopk" BatchTopK and Matryoshka. Transcoders become a core with a stream
+    `target`; those with a skip JumpReLUSkipTranscoder, with thresholds of 0 where there are none.
+    "matching_pursuit" becomes MatchingPursuit, whose tolerance also holds before the first step; one that ends with
+    the first repeated latent is refused.
 
     Args:
         folder: Holds `cfg.json` and `sae_weights.safetensors`.
+
+    Raises:
+        MmsaeError: A file is missing or damaged, or describes something that has no core here.
     """
     folder = Path(folder)
     config = read_config(folder)
@@ -162,9 +109,7 @@ def load(folder: str | Path) -> SAECore:
         raise MmsaeError(f"{folder} has the architecture {architecture!r}; known here: {', '.join(KNOWN)}.")
     normalisation = config.get("normalize_activations") or "none"
     if normalisation != "none":
-        why = NOT_FOLDED.get(
-            normalisation, "it rescales each row by itself, which no weights can absorb; normalise the activations"
-        )
+        why = NOT_FOLDED.get(normalisation, f"it {per_row(normalisation)}")
         raise MmsaeError(f"{folder} expects normalize_activations={normalisation!r}: {why} and save it with 'none'.")
     try:
         d_in, d_latent = int(config["d_in"]), int(config["d_sae"])
@@ -173,6 +118,10 @@ def load(folder: str | Path) -> SAECore:
         raise MmsaeError(f"{folder / CONFIG} does not say how wide the dictionary is ({error}).") from error
     tensors = _read_tensors(folder / WEIGHTS, architecture, d_in, d_latent, d_out)
     spec = ActivationSpec({"x": d_in, TARGET: d_out}) if architecture in TRANSCODERS else ActivationSpec({"x": d_in})
+    if architecture == "matching_pursuit":
+        return _pursuit(folder / CONFIG, config, tensors)
+    if architecture == "skip_transcoder":
+        tensors["threshold"] = torch.zeros(d_latent)
     core = _build(folder, config, spec, d_latent)
 
     # SAELens's default is False for inference and True for training
@@ -180,7 +129,7 @@ def load(folder: str | Path) -> SAECore:
     if "topk_threshold" in tensors:  # SAELens starts at 0: never measured
         scalar = tensors.pop("topk_threshold")
         tensors["threshold"] = torch.where(scalar > 0, scalar, -1.0)
-    if rescale and architecture in ("topk", *TRAINING):
+    if rescale and architecture in TOPKS:
         threshold = tensors.pop("threshold", None)  # of what was rescaled already
         unit_rows(tensors)
         tensors |= {"threshold": threshold} if threshold is not None else {}
@@ -192,6 +141,10 @@ def _build(folder: Path, config: dict[str, Any], spec: ActivationSpec, d_latent:
     architecture = TRANSCODERS.get(config["architecture"], config["architecture"])
     if architecture == "standard":
         return ReLU(spec, d_latent)
+    if architecture == "gated":
+        return Gated(spec, d_latent)
+    if architecture.endswith("_skip"):
+        return JumpReLUSkipTranscoder(spec, d_latent, target_l0=min(32, d_latent))
     if architecture == "jumprelu":
         return JumpReLU(spec, d_latent, target_l0=min(32, d_latent))
     k = config.get("k")
@@ -200,12 +153,29 @@ def _build(folder: Path, config: dict[str, Any], spec: ActivationSpec, d_latent:
             f"{folder / CONFIG} has k={k}, which is no whole number: "
             "let SAELens write its inference model (save_inference_model), a jumprelu that can be read."
         )
-    if architecture == "topk":
-        return TopK(spec, d_latent, int(k))
+    if architecture in ("topk", "abstopk"):
+        return (TopK if architecture == "topk" else AbsTopK)(spec, d_latent, int(k))
     widths = config.get("matryoshka_widths") or [d_latent]
     if architecture == "batchtopk":
         return BatchTopK(spec, d_latent, int(k))
     return Matryoshka(spec, d_latent, int(k), prefixes=[width / d_latent for width in widths])
+
+
+@torch.no_grad()
+def _pursuit(file: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> MatchingPursuit:
+    """Both pursue alike, but for the repeated latent."""
+    if config.get("stop_on_duplicate_support", True):
+        raise MmsaeError(
+            f"{file} has stop_on_duplicate_support, which ends a row with its first repeated latent; MatchingPursuit "
+            "goes on: only false can be read."
+        )
+    d_latent, d_in = tensors["W_dec"].shape
+    steps = whole(config, "max_iterations", file) if config.get("max_iterations") is not None else d_in
+    core = MatchingPursuit(d_in, d_latent, steps, tolerance=max(float(config.get("residual_threshold", 1e-2)), 0))
+    core.W_dec.copy_(tensors["W_dec"])
+    if config.get("apply_b_dec_to_input", True):  # else theirs is neither subtracted nor added
+        core.b_dec.copy_(tensors["b_dec"])
+    return core.eval().requires_grad_(False)
 
 
 def _read_tensors(file: Path, architecture: str, d_in: int, d_latent: int, d_out: int) -> dict[str, Tensor]:
@@ -215,6 +185,12 @@ def _read_tensors(file: Path, architecture: str, d_in: int, d_latent: int, d_out
     }  # fmt: skip
     if architecture.startswith("jumprelu"):
         shapes["threshold"] = (d_latent,)
+    if architecture.endswith("skip_transcoder"):
+        shapes["W_skip"] = (d_out, d_in)
+    if architecture == "gated":
+        shapes |= dict.fromkeys(("b_gate", "r_mag", "b_mag"), shapes.pop("b_enc"))
+    if architecture == "matching_pursuit":
+        del shapes["W_enc"], shapes["b_enc"]
     if architecture in TRAINING:
         shapes["topk_threshold"] = ()
     tensors = read_safetensors(file)
@@ -222,7 +198,8 @@ def _read_tensors(file: Path, architecture: str, d_in: int, d_latent: int, d_out
         tensors["threshold"] = tensors.pop("log_threshold").exp()
     if not (tensors.pop("scaling_factor", torch.ones(())) == 1).all():
         raise MmsaeError(f"{file} has a scaling_factor other than 1, of a finetuning that sae-lens 6 no longer reads.")
-    return check_tensors(tensors, shapes, file, f"the architecture {architecture!r}")
+    tensors = check_tensors(tensors, shapes, file, f"the architecture {architecture!r}")
+    return {"b_enc" if name == "b_gate" else name: tensor for name, tensor in tensors.items()}
 
 
 def ask(folder: Path) -> Answer:
@@ -236,7 +213,6 @@ def ask(folder: Path) -> Answer:
     theirs = SAE.load_from_disk(folder)
 
     def answer(x: Tensor) -> tuple[Tensor, Tensor]:
-        codes = theirs.encode(x)
-        return codes, theirs.decode(codes)
+        return theirs.encode(x), theirs(x)  # of a skip connection only the call knows
 
     return answer

@@ -14,12 +14,22 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
-from mmsae.cores import BatchTopK, Gated, JumpReLU, LinearCore, SkipTranscoder
-from mmsae.errors import MmsaeError
+from mmsae.cores import BatchTopK, Gated, JumpReLU, JumpReLUSkipTranscoder, LinearCore, SkipTranscoder
+from mmsae.errors import MmsaeError, checked
 
 Shapes = Mapping[str, tuple[int, ...]]
 Answer = Callable[[Tensor], tuple[Tensor, Tensor]]
 """From activations `[n, d_in]` to dense codes `[n, d_latent]` and reconstructions `[n, d_out]`."""
+
+
+def per_row(normalisation: str) -> str:
+    """Why a normalisation of rows, under any library's name, is refused, and what to do instead."""
+    normalised = {
+        "layer_norm": "(x - its mean) / (its standard deviation + 1e-5)",
+        "constant_norm_rescale": "x times the root of d_in over its norm",
+        "token-wise": "x times the root of d_in over its norm",
+    }.get(normalisation, "normalised rows")
+    return f"rescales each row, or batch, by itself, which no weights can absorb: take {normalised} yourself"
 
 
 def read_json(file: Path, library: str) -> dict[str, Any]:
@@ -69,6 +79,27 @@ def read_pickle(file: Path, data: bytes | None = None) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise MmsaeError(f"{file} holds a {type(content).__name__}, not the tensors of a dictionary.")
     return content
+
+
+def pickle_names(file: Path) -> set[str]:
+    """Names of what `torch.save` wrote, hardly reading its tensors; none where the safe loader does not open it."""
+    try:
+        content = torch.load(file, "cpu", weights_only=True, mmap=True)
+    except Exception:  # whatever a file that nobody vouches for provokes; who reads it says what is wrong
+        return set()
+    return {str(name) for name in content} if isinstance(content, dict) else set()
+
+
+def whole(config: Mapping[str, Any], name: str, file: Path) -> int:
+    """A positive whole number of a config.
+
+    Raises:
+        MmsaeError: It is missing, or no such number.
+    """
+    value = config.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value // 1:
+        raise MmsaeError(f"{file} has {name}={value}, where a whole number is needed.")
+    return checked(name, int(value), 1)
 
 
 def check_tensors(tensors: Mapping[str, Any], shapes: Shapes, file: Path, what: str) -> dict[str, Tensor]:
@@ -128,7 +159,7 @@ def fill(core: LinearCore, tensors: Mapping[str, Tensor], centred: bool) -> Line
         core: A fresh core of the right kind and size.
         tensors: float64: `W_enc` `[d_in, d_latent]`, as most libraries hold it, `b_enc`, `W_dec` `[d_latent, d_out]`,
             `b_dec`; `threshold` `[d_latent]` for JumpReLU and `[]` for BatchTopK, where negative is "never measured";
-            `r_mag` and `b_mag` for Gated, whose gate has `b_enc`; `W_skip` `[d_out, d_in]` for SkipTranscoder.
+            `r_mag` and `b_mag` for Gated, whose gate has `b_enc`; `W_skip` `[d_out, d_in]` for skip transcoders.
         centred: Whether that library's encoder sees `x - b_dec`; the difference to ours goes into the bias.
 
     Returns:
@@ -148,7 +179,7 @@ def fill(core: LinearCore, tensors: Mapping[str, Tensor], centred: bool) -> Line
     core.b_dec.copy_(tensors["b_dec"])
     if isinstance(core, Gated):
         core.r_mag.copy_(tensors["r_mag"])
-    if isinstance(core, SkipTranscoder):
+    if isinstance(core, SkipTranscoder | JumpReLUSkipTranscoder):
         core.W_skip.copy_(tensors["W_skip"])
     if isinstance(core, JumpReLU):
         core.theta.copy_(tensors["threshold"].clamp_min(0))  # all libraries multiply by a ReLU as well
@@ -167,10 +198,11 @@ def tensors_of(core: LinearCore, centred: bool) -> dict[str, Tensor]:
     """
     tensors = {name: getattr(core, name).detach().cpu().double() for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
     tensors["W_enc"] = tensors["W_enc"].t()
-    own = {JumpReLU: ["theta"], BatchTopK: ["threshold"], Gated: ["r_mag", "b_mag"], SkipTranscoder: ["W_skip"]}
-    for cls, names in own.items():
+    own: dict[str, Any] = {"theta": JumpReLU, "threshold": BatchTopK, "r_mag": Gated, "b_mag": Gated}
+    own["W_skip"] = SkipTranscoder | JumpReLUSkipTranscoder
+    for name, cls in own.items():
         if isinstance(core, cls):
-            tensors |= {name: getattr(core, name).detach().cpu().double() for name in names}
+            tensors[name] = getattr(core, name).detach().cpu().double()
     if "theta" in tensors:
         tensors["threshold"] = tensors.pop("theta")
     if centred != core.subtracts_b_dec:

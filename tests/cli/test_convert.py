@@ -40,6 +40,41 @@ def test_from_one_library_to_another_keeps_model_and_hook_point(capsys):
     assert "largest difference" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("name", "to"),
+    [
+        ("llamascopium_transcoder", "saelens"),
+        ("llamascopium_topk", "dictionary_learning"),
+        ("llamascopium_crosscoder", "mmsae"),
+        ("prisma_gated", "saelens"),
+        ("prisma_skip_transcoder", "saelens"),
+        ("prisma_topk_skip_transcoder", "sparsify"),
+        ("saelens_matching_pursuit_all", "saelens"),
+        ("saelens_abstopk_rescale", "mmsae"),
+        ("dictionary_learning_AutoEncoderTopK/ae.pt", "sparsify"),
+    ],
+)
+def test_one_command_converts_and_checks(name, to, capsys):
+    main(["convert", str(GOLDEN / name), "out", f"--to={to}", "--check"])
+    said = capsys.readouterr().out
+    assert "read again, random rows: largest difference of codes" in said
+
+
+def test_activations_of_several_streams_stand_side_by_side(capsys, refused):
+    crosscoder = str(GOLDEN / "llamascopium_crosscoder")
+    np.save("both.npy", np.random.default_rng(0).normal(size=(9, 16)).astype("float32"))
+    np.save("one.npy", np.zeros((9, 8), dtype="float32"))
+    main(["convert", crosscoder, "ours", "--to=mmsae", "--activations=both.npy"])
+    assert "(9 rows" in capsys.readouterr().out
+    assert "shape [9, 8], not [n, 16]" in refused("convert", crosscoder, "two", "--to=mmsae", "--activations=one.npy")
+    assert "no architecture for a Crosscoder" in refused("convert", crosscoder, "theirs", "--to=saelens")
+
+
+def test_refused_pickle_is_said_where_no_format_fits(refused):
+    torch.save({"cfg": torch.nn.Linear(1, 1), "state_dict": {}}, "prisma.pt")
+    assert "could run code when opened, so it is refused" in refused("convert", "prisma.pt", "out", "--to=mmsae")
+
+
 def test_activations_may_be_a_file(sae, capsys):
     np.save("x.npy", np.random.default_rng(0).normal(size=(9, 32)).astype("float32"))
     save_file({"x": torch.randn(7, 32)}, "x.safetensors")

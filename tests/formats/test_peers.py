@@ -25,6 +25,7 @@ from mmsae.cores import (
     TopK,
 )
 from mmsae.errors import MmsaeError
+from mmsae.formats import dictionary_learning
 
 GOLDEN = Path(__file__).parent / "golden"
 CLASSES = {
@@ -222,6 +223,34 @@ def test_backup_from_the_middle_of_a_training_is_folded_as_at_its_end(name, tmp_
     core, trained = formats.load(folder), formats.load(GOLDEN / name)
     assert_close(core(3 * X), 3 * trained(X), atol=5e-5, rtol=1e-5)
     assert_close(core.encode(3 * X).dense(), 3 * trained.encode(X).dense(), atol=5e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in CLASSES if name.startswith("dictionary_learning")])
+def test_checkpoint_finds_its_config_above_or_its_class_by_its_tensors(name, tmp_path):
+    folder = copied(name, tmp_path)
+    file = folder / "checkpoints" / "ae_1000.pt"
+    file.parent.mkdir()
+    shutil.move(folder / "ae.pt", file)
+    trained = formats.load(GOLDEN / name)
+    assert formats.detect(file) == "dictionary_learning"
+    assert_close(formats.load(file)(X), trained(X), **TOLERANCE)
+    assert dictionary_learning.about(file)["model_name"] == "toy"
+    trainer = json.loads((folder / "config.json").read_text())["trainer"]
+    (folder / "config.json").unlink()
+    if CLASSES[name] in (TopK, BatchTopK):
+        with pytest.raises(MmsaeError, match=r"of AutoEncoderTopK or BatchTopKSAE, and there is no config\.json"):
+            formats.load(file)
+    else:
+        assert type(formats.load(file)) is CLASSES[name]
+        assert_close(formats.load(file)(X), trained(X), **TOLERANCE)
+    state = torch.load(file, weights_only=True)
+    torch.save(
+        {"step": 5, "ae": state, "optimizer": {}, "config": trainer, "norm_factor": None}, file
+    )  # says it itself
+    assert_close(formats.load(file)(X), trained(X), **TOLERANCE)
+    torch.save({"weight": torch.ones(2, 2)}, file)
+    with pytest.raises(MmsaeError, match=r"of no class known here \(weight\)"):
+        formats.load(file)
 
 
 def test_threshold_that_was_never_measured_stays_unset(tmp_path):

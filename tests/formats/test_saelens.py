@@ -7,18 +7,42 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from mmsae.cores import PCA, BatchTopK, JumpReLU, Matryoshka, ReLU, TopK
+from mmsae.cores import (
+    PCA,
+    AbsTopK,
+    BatchTopK,
+    Gated,
+    JumpReLU,
+    JumpReLUSkipTranscoder,
+    MatchingPursuit,
+    Matryoshka,
+    MultiTopK,
+    PAnneal,
+    ReLU,
+    SkipTranscoder,
+    TopK,
+)
 from mmsae.cores.base import Affine
 from mmsae.errors import MmsaeError
 from mmsae.formats import saelens
 
 GOLDEN = sorted(Path(__file__).parent.glob("golden/saelens_*"))
 CLASSES = {
+    "abstopk": AbsTopK,
+    "abstopk_rescale": AbsTopK,
     "batchtopk": BatchTopK,
+    "gated": Gated,
+    "gated_training": Gated,
+    "gated_uncentred": Gated,
     "jumprelu": JumpReLU,
+    "jumprelu_skip_transcoder": JumpReLUSkipTranscoder,
     "jumprelu_transcoder": JumpReLU,
     "jumprelu_uncentred": JumpReLU,
+    "matching_pursuit": MatchingPursuit,
+    "matching_pursuit_all": MatchingPursuit,
+    "matching_pursuit_uncentred": MatchingPursuit,
     "matryoshka": Matryoshka,
+    "skip_transcoder": JumpReLUSkipTranscoder,
     "standard": ReLU,
     "standard_uncentred": ReLU,
     "topk": TopK,
@@ -42,6 +66,9 @@ def randomised(core):
             core.theta.copy_(torch.rand(core.d_latent, generator=generator))
         if isinstance(core, BatchTopK):
             core.threshold.fill_(0.8)
+        if isinstance(core, MatchingPursuit):
+            core.W_dec /= core.W_dec.norm(dim=-1, keepdim=True)
+            core.b_dec.copy_(torch.randn(core.spec.d_in, generator=generator))
     return core.eval()
 
 
@@ -51,6 +78,13 @@ EXPORTED = {
     "JumpReLU": lambda: JumpReLU(8, 16, target_l0=4),
     "BatchTopK": lambda: BatchTopK(8, 16, k=3),
     "Matryoshka": lambda: Matryoshka(8, 16, k=3, prefixes=(0.25, 1)),
+    "PAnneal": lambda: PAnneal(8, 16),
+    "MultiTopK": lambda: MultiTopK(8, 16, k=3),
+    "AbsTopK": lambda: AbsTopK(8, 16, k=3),
+    "Gated": lambda: Gated(8, 16),
+    "MatchingPursuit": lambda: MatchingPursuit(8, 16, k=5),
+    "MatchingPursuit-tolerance": lambda: MatchingPursuit(8, 16, k=9, tolerance=0.5),
+    "JumpReLU-skip": lambda: JumpReLUSkipTranscoder(PAIR, 16, target_l0=4),
     "ReLU-transcoder": lambda: ReLU(PAIR, 16),
     "JumpReLU-transcoder": lambda: JumpReLU(PAIR, 16, target_l0=4),
     "BatchTopK-transcoder": lambda: BatchTopK(PAIR, 16, k=3),
@@ -90,11 +124,11 @@ def test_export_reads_back_equal(make, tmp_path):
 
 @pytest.mark.parametrize("make", EXPORTED.values(), ids=EXPORTED)
 def test_saelens_itself_computes_the_same_from_our_export(make, tmp_path):
-    sae_lens = pytest.importorskip("sae_lens", reason="sae-lens is not installed: pip install mmsae[saelens]")
+    sae_lens = pytest.importorskip("sae_lens", reason="sae-lens is not installed: pip install mmsae[formats]")
     core = randomised(make())
     theirs = sae_lens.SAE.load_from_disk(saelens.export(core, tmp_path / "sae", {"hook_name": "blocks.3"}))
     assert_close(theirs.encode(X), core.encode(X).dense() * unit(core), **TOLERANCE)
-    assert_close(theirs.decode(theirs.encode(X)), core(X), **TOLERANCE)
+    assert_close(theirs(X), core(X), **TOLERANCE)  # its decode leaves out a skip connection
     assert theirs.cfg.metadata.hook_name == "blocks.3"
 
 
@@ -113,6 +147,14 @@ def test_what_saelens_cannot_express_is_refused(tmp_path):
         saelens.export(PCA(8), tmp_path / "sae")
     with pytest.raises(MmsaeError, match="TopK transcoder"):
         saelens.export(TopK(PAIR, 16, k=3), tmp_path / "sae")
+    with pytest.raises(MmsaeError, match="SkipTranscoder transcoder"):
+        saelens.export(SkipTranscoder(PAIR, 16, k=3), tmp_path / "sae")
+    with pytest.raises(MmsaeError, match="Gated transcoder"):
+        saelens.export(Gated(PAIR, 16), tmp_path / "sae")
+    whitened = MatchingPursuit(8, 16, k=3)
+    whitened.fold({"x": Affine(torch.ones(8), 2 * torch.eye(8))})
+    with pytest.raises(MmsaeError, match="whitened units"):
+        saelens.export(whitened, tmp_path / "sae")
     with pytest.raises(MmsaeError, match="no inference threshold"):
         saelens.export(BatchTopK(8, 16, k=3), tmp_path / "sae")
     assert not any(tmp_path.iterdir())
@@ -147,11 +189,13 @@ def rewrite(folder, config=None, tensors=None):
 @pytest.mark.parametrize(
     ("config", "sentence"),
     [
-        ({"architecture": "gated"}, "known here: standard, topk, jumprelu"),
+        ({"architecture": "temporal"}, "known here: standard, topk, abstopk, jumprelu"),
+        ({"architecture": "gated"}, "'b_enc', which the architecture 'gated' does not know"),
+        ({"architecture": "jumprelu_skip_transcoder", "d_out": 8}, "no tensor 'W_skip'"),
         ({"normalize_activations": "expected_average_only_in"}, "fold_activation_norm_scaling_factor"),
         ({"normalize_activations": "covariance_whitening"}, "fold_activation_whitening"),
-        ({"normalize_activations": "layer_norm"}, "each row by itself"),
-        ({"normalize_activations": "constant_norm_rescale"}, "each row by itself"),
+        ({"normalize_activations": "layer_norm"}, r"each row.* take \(x - its mean\)"),
+        ({"normalize_activations": "constant_norm_rescale"}, "root of d_in over its norm"),
         ({"d_sae": None}, "how wide"),
         ({"d_sae": 12}, r"'W_dec' .* \[16, 8\] instead of \[12, 8\]"),
         ({"architecture": "standard"}, "'threshold', which the architecture 'standard' does not know"),
@@ -193,6 +237,24 @@ def test_missing_or_cut_files_are_named(folder):
     (folder / "cfg.json").unlink()
     with pytest.raises(MmsaeError, match=r"there is no cfg\.json"):
         saelens.load(folder)
+
+
+def test_pursuit_that_ends_with_a_repeated_latent_is_refused(tmp_path):
+    shutil.copytree(next(f for f in GOLDEN if f.name == "saelens_matching_pursuit"), tmp_path / "sae")
+    rewrite(tmp_path / "sae", {"stop_on_duplicate_support": True})
+    with pytest.raises(MmsaeError, match="ends a row with its first repeated latent"):
+        saelens.load(tmp_path / "sae")
+    rewrite(tmp_path / "sae", {"stop_on_duplicate_support": False, "max_iterations": "many"})
+    with pytest.raises(MmsaeError, match="max_iterations=many, where a whole number is needed"):
+        saelens.load(tmp_path / "sae")
+
+
+def test_tolerance_of_a_pursuit_comes_back_and_holds_before_the_first_step(tmp_path):
+    core = randomised(MatchingPursuit(8, 16, k=5, tolerance=0.5))
+    again = saelens.load(saelens.export(core, tmp_path / "sae"))
+    near = core.b_dec + 0.01 * X
+    assert float(again.stop) == 0.5
+    assert again.encode(near).l0().max() == core.encode(near).l0().max() == 0  # SAELens takes one step there
 
 
 def test_flat_config_of_sae_lens_5_is_rewritten(tmp_path):

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 HERE = Path(__file__).parent
 D_IN, D_SAE, D_OUT = 8, 16, 6
 TOPK = {"k": 3}
+PURSUIT = {"stop_on_duplicate_support": False}
 
 CASES = {  # name: (training class?, architecture, config)
     "standard": (False, "standard", {}),
@@ -18,14 +19,28 @@ CASES = {  # name: (training class?, architecture, config)
     "topk": (False, "topk", TOPK),
     "topk_rescale": (False, "topk", {**TOPK, "rescale_acts_by_decoder_norm": True}),
     "topk_uncentred": (False, "topk", {**TOPK, "apply_b_dec_to_input": False}),
+    "abstopk": (False, "abstopk", TOPK),
+    "abstopk_rescale": (False, "abstopk", {**TOPK, "rescale_acts_by_decoder_norm": True}),
+    "gated": (False, "gated", {}),
+    "gated_uncentred": (False, "gated", {"apply_b_dec_to_input": False}),
+    "gated_training": (True, "gated", {}),
+    "matching_pursuit": (False, "matching_pursuit", {**PURSUIT, "residual_threshold": 0.5, "max_iterations": 5}),
+    "matching_pursuit_all": (False, "matching_pursuit", {**PURSUIT, "residual_threshold": 0.0}),
+    "matching_pursuit_uncentred": (
+        False, "matching_pursuit", {**PURSUIT, "max_iterations": 3, "apply_b_dec_to_input": False}
+    ),
     "jumprelu": (False, "jumprelu", {}),
     "jumprelu_uncentred": (False, "jumprelu", {"apply_b_dec_to_input": False}),
     "transcoder": (False, "transcoder", {"d_out": D_OUT, "apply_b_dec_to_input": False}),
     "jumprelu_transcoder": (False, "jumprelu_transcoder", {"d_out": D_OUT, "apply_b_dec_to_input": False}),
+    "skip_transcoder": (False, "skip_transcoder", {"d_out": D_OUT, "apply_b_dec_to_input": False}),
+    "jumprelu_skip_transcoder": (
+        False, "jumprelu_skip_transcoder", {"d_out": D_OUT, "apply_b_dec_to_input": False}
+    ),
     "batchtopk": (True, "batchtopk", TOPK),
     "matryoshka": (True, "matryoshka_batchtopk", {**TOPK, "matryoshka_widths": [4, 16]}),
     "topk_training": (True, "topk", TOPK),
-}
+}  # fmt: skip
 
 
 def make(name: str, training: bool, architecture: str, config: dict) -> None:
@@ -40,6 +55,8 @@ def make(name: str, training: bool, architecture: str, config: dict) -> None:
     with torch.no_grad():
         for parameter in sae.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.5)
+        if architecture == "matching_pursuit":  # trained with unit rows; longer ones take away more than there is
+            sae.W_dec /= sae.W_dec.norm(dim=-1, keepdim=True)
         if hasattr(sae, "threshold"):
             sae.threshold.copy_(torch.rand(D_SAE, generator=generator) - 0.1)
         if hasattr(sae, "topk_threshold"):
@@ -51,7 +68,8 @@ def make(name: str, training: bool, architecture: str, config: dict) -> None:
             sae = SAE.load_from_disk(folder / "inference")
             shutil.rmtree(folder / "inference")
         codes = sae.encode(x)
-        save_file({"x": x, "codes": codes, "reconstruction": sae.decode(codes)}, folder / "expected.safetensors")
+        reconstruction = sae.decode(codes) if training else sae(x)  # of a skip connection only the call knows
+        save_file({"x": x, "codes": codes, "reconstruction": reconstruction}, folder / "expected.safetensors")
 
 
 if __name__ == "__main__":

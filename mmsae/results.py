@@ -22,14 +22,15 @@ class Table:
 
 @dataclass
 class Plot:
-    """Lines or bars over a common axis; a line is `{"label": str, "x": [...], "y": [...]}`.
+    """Lines, bars, points or cells over common axes; a line is `{"label": str, "x": [...], "y": [...]}`.
 
     Attributes:
         title: The finding, in words.
         x: Label and unit of the horizontal axis.
         y: Label and unit of the vertical axis.
         lines: The data.
-        kind: "line", or "bars" (`x` then holds the left edges and one more at the end).
+        kind: "line"; "bars" (`x` then holds the left edges and one more at the end); "points" (a line with `"rule":
+            True` is drawn as a thin line for comparison); or "heat" (a line is a row of cells, `x` names the columns).
         log: Axes drawn on a logarithmic scale: "", "x", "y" or "xy".
     """
 

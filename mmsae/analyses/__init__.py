@@ -1,10 +1,23 @@
 """Questions asked of a trained dictionary: one file each. The imports below are the registry."""
 
+from mmsae.analyses.afa import AFA
 from mmsae.analyses.base import Analysis
 from mmsae.analyses.downstream import Downstream
 from mmsae.analyses.factor_recovery import FactorRecovery
 from mmsae.analyses.fidelity import Fidelity
+from mmsae.analyses.head_attribution import HeadAttribution
 from mmsae.analyses.top_examples import TopExamples
 from mmsae.results import Plot, Result, Table
 
-__all__ = ["Analysis", "Downstream", "FactorRecovery", "Fidelity", "Plot", "Result", "Table", "TopExamples"]
+__all__ = [
+    "AFA",
+    "Analysis",
+    "Downstream",
+    "FactorRecovery",
+    "Fidelity",
+    "HeadAttribution",
+    "Plot",
+    "Result",
+    "Table",
+    "TopExamples",
+]

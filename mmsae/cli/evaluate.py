@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 import mmsae.artifact
-from mmsae.analyses import Analysis, Downstream, FactorRecovery, Fidelity, TopExamples
+from mmsae.analyses import AFA, Analysis, Downstream, FactorRecovery, Fidelity, TopExamples
 from mmsae.cli.base import quiet
 from mmsae.cli.messages import Parser
 from mmsae.cli.run import codes_of, datamodule_of, training_result
@@ -38,7 +38,7 @@ def evaluate(
         run: Folder of a `mmsae fit` run.
         sae: Another dictionary to measure on the data of that run: a folder or a hub id.
         split: Split whose activations are encoded.
-        analyses: What to run; by default Fidelity, FactorRecovery, Downstream and TopExamples.
+        analyses: What to run; by default Fidelity, AFA, FactorRecovery, Downstream and TopExamples.
         store: Folder of stored activations instead of the run's own.
         codes: Folder of codes by `mmsae encode` instead of encoding again; they stay on disk.
         max_rows: Activation rows whose codes are kept in memory, without `codes`.
@@ -58,7 +58,7 @@ def evaluate(
         stored = codes_of(Path(codes) / split, mmsae.artifact.identity(sae or folder), data.origin(split))
         latents = LatentStore.open(stored, split)
     kept = []
-    questions = analyses or [Fidelity(), FactorRecovery(), Downstream(), TopExamples()]
+    questions = analyses or [Fidelity(), AFA(), FactorRecovery(), Downstream(), TopExamples()]
     for result in chain([training_result(folder)], (question.run(core, latents, data) for question in questions)):
         if result is not None:
             result.save(folder / "results")  # at once: an analysis that fails must not take the others along

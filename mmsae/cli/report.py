@@ -12,7 +12,7 @@ from mmsae.errors import MmsaeError
 from mmsae.report.page import write_report
 from mmsae.results import Result
 
-ORDER = ["Training", "Fidelity", "FactorRecovery", "Downstream"]
+ORDER = ["Training", "Fidelity", "AFA", "FactorRecovery", "Downstream"]
 
 
 class Parser(ArgumentParser):

@@ -13,6 +13,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 if TYPE_CHECKING:
@@ -49,24 +50,34 @@ def draw(plot: Plot, key: str = "plot") -> str:
     with mpl.rc_context({**STYLE, "svg.hashsalt": key}):
         figure = Figure(figsize=SIZE, layout="constrained")
         FigureCanvasAgg(figure)
-        axes = figure.add_subplot()
-        _scales(axes, plot)
-        for i, line in enumerate(lines):
-            if plot.kind == "bars":
-                _bars(axes, line, i, alone=len(lines) == 1)
-            else:
-                _line(axes, line, i)
-        heights = [v for line in lines for v in line["y"]]
-        nothing = all(v == 0 for v in heights)  # a line of zeros would float in the middle of an axis from -0.05
-        if (plot.kind == "bars" or nothing) and "y" not in plot.log:
-            axes.set_ylim(bottom=0, top=1 if nothing else None)
-        _furnish(axes, plot)
-        if len(lines) > 1:
-            figure.draw_without_rendering()  # settles the limits that the labels are placed by
-            _label(axes, lines, plot.kind)
+        (_heat if plot.kind == "heat" else _chart)(figure.add_subplot(), plot, lines)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return _for_page(buffer.getvalue(), plot)
+
+
+def _chart(axes: Axes, plot: Plot, lines: list[dict[str, Any]]) -> None:
+    """Lines, bars or points."""
+    _scales(axes, plot)
+    for i, line in enumerate(lines):
+        if plot.kind == "bars":
+            _bars(axes, line, i, alone=len(lines) == 1)
+        elif plot.kind == "points":
+            _points(axes, line, i)
+        else:
+            _line(axes, line, i)
+    heights = [v for line in lines for v in line["y"]]
+    nothing = all(v == 0 for v in heights)  # a line of zeros would float in the middle of an axis from -0.05
+    if (plot.kind == "bars" or nothing) and "y" not in plot.log:
+        axes.set_ylim(bottom=0, top=1 if nothing else None)
+    _furnish(axes, plot)
+    ends = [(line, SERIES[i % len(SERIES)]) for i, line in enumerate(lines)]
+    if plot.kind == "points":
+        ends = [(line, TEXT) for line in lines if line["rule"]]
+    figure = axes.figure
+    if len(lines) > 1 and ends and isinstance(figure, Figure):
+        figure.draw_without_rendering()  # settles the limits that the labels are placed by
+        _label(axes, ends, plot.kind)
 
 
 def _finite(line: dict[str, Any], plot: Plot) -> dict[str, Any] | None:
@@ -77,6 +88,9 @@ def _finite(line: dict[str, Any], plot: Plot) -> dict[str, Any] | None:
         return number and (value > 0 or axis not in plot.log)
 
     label, xs, ys = str(line.get("label", "")), list(line.get("x", [])), list(line.get("y", []))
+    if plot.kind == "heat":
+        kept = [(x, y) for x, y in zip(xs, ys, strict=False) if drawable(y, "")]
+        return {"label": label, "x": [str(x) for x, _ in kept], "y": [y for _, y in kept]} if kept else None
     if plot.kind == "bars":
         if "x" in plot.log and len(xs) > 2 and drawable(xs[1], "x") and not drawable(xs[0], "x"):
             xs[0] = xs[1] * xs[1] / xs[2]  # a first edge of zero: as wide as its neighbour
@@ -86,7 +100,8 @@ def _finite(line: dict[str, Any], plot: Plot) -> dict[str, Any] | None:
     points = [(x, y) for x, y in zip(xs, ys, strict=False) if drawable(x, "x") and drawable(y, "y")]
     if not points:
         return None
-    return {"label": label, "x": [x for x, _ in points], "y": [y for _, y in points]}
+    rule = bool(line.get("rule"))
+    return {"label": label, "x": [x for x, _ in points], "y": [y for _, y in points], "rule": rule}
 
 
 def _line(axes: Axes, line: dict[str, Any], index: int) -> None:
@@ -102,6 +117,35 @@ def _bars(axes: Axes, line: dict[str, Any], index: int, alone: bool) -> None:
         axes.bar(left, line["y"], [0.92 * w for w in width], align="edge", color=colour, linewidth=0)
     else:
         axes.stairs(line["y"], line["x"], color=colour, linewidth=1.8, linestyle=DASHES[index % len(DASHES)])
+
+
+def _points(axes: Axes, line: dict[str, Any], index: int) -> None:
+    if line["rule"]:
+        axes.plot(line["x"], line["y"], color=TEXT, linewidth=0.9)
+    else:
+        axes.plot(line["x"], line["y"], "o", color=SERIES[index % len(SERIES)], markersize=2.6, alpha=0.5, mew=0)
+
+
+def _heat(axes: Axes, plot: Plot, lines: list[dict[str, Any]]) -> None:
+    """Cells, stronger where the value is larger; one colour over the paper, so that they follow the theme."""
+    columns = list(dict.fromkeys(x for line in lines for x in line["x"]))
+    values = [v for line in lines for v in line["y"]]
+    low, span = min(values), (max(values) - min(values)) or 1.0
+    for i, line in enumerate(lines):
+        for x, y in zip(line["x"], line["y"], strict=True):
+            j = columns.index(x)
+            shade = 0.04 + 0.56 * (y - low) / span
+            axes.add_patch(Rectangle((j - 0.49, i - 0.48), 0.98, 0.96, color=SERIES[0], alpha=shade, linewidth=0))
+            if len(columns) <= 8 and len(lines) <= 12:
+                axes.text(j, i, f"{y:.2f}".replace("-", "−"), ha="center", va="center", fontsize=9)
+    axes.set_xlim(-0.5, len(columns) - 0.5)
+    axes.set_ylim(len(lines) - 0.5, -0.5)
+    axes.set_xticks(range(len(columns)), columns)
+    axes.set_yticks(range(len(lines)), [line["label"] for line in lines])
+    _furnish(axes, plot)
+    axes.grid(False)
+    axes.spines["bottom"].set_visible(False)
+    axes.tick_params(axis="x", which="major", length=0)
 
 
 def _scales(axes: Axes, plot: Plot) -> None:
@@ -142,11 +186,11 @@ def _furnish(axes: Axes, plot: Plot) -> None:
     axes.set_xlabel(plot.x, loc="right", fontsize=10, color=TEXT, labelpad=5)
 
 
-def _label(axes: Axes, lines: list[dict[str, Any]], kind: str) -> None:
-    """Name every line at its right end, moved apart where the ends are close."""
+def _label(axes: Axes, named: list[tuple[dict[str, Any], str]], kind: str) -> None:
+    """Name every line, in its colour, at its right end, moved apart where the ends are close."""
     gap = 14 / (axes.bbox.height * 72 / axes.figure.dpi)  # of the axes' height
     ends: list[list[Any]] = []  # [height, index], to be moved
-    for i, line in enumerate(lines):
+    for i, (line, _) in enumerate(named):
         y = max(line["y"]) if kind == "bars" else line["y"][-1]
         ends.append([axes.transAxes.inverted().transform(axes.transData.transform((line["x"][-1], y)))[1], i])
     ends.sort(key=lambda end: (end[0], end[1]))
@@ -158,9 +202,10 @@ def _label(axes: Axes, lines: list[dict[str, Any]], kind: str) -> None:
     for above, below in pairwise(reversed(ends)):
         below[0] = min(below[0], above[0] - gap)
     for y, i in ends:
+        line, colour = named[i]
         axes.annotate(
-            lines[i]["label"], (1, y), (8, 0), "axes fraction", "offset points",
-            color=SERIES[i % len(SERIES)], va="center", annotation_clip=False,
+            line["label"], (1, y), (8, 0), "axes fraction", "offset points",
+            color=colour, va="center", annotation_clip=False,
         )  # fmt: skip
 
 

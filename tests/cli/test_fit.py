@@ -131,10 +131,15 @@ def test_every_core_trains(fit, name, capsys):
     core = [f"--model.core={name}", f"--model.core.d_latent={width}"]
     if name == "PolySAE":
         core += ["--model.core.rank2=8", "--model.core.rank3=8"]  # at most the width
-    if name == "SkipTranscoder":  # the store has no second stream
+    asks = {
+        "SkipTranscoder": "SkipTranscoder needs a stream 'target'",  # the store has no second stream
+        "JumpReLUSkipTranscoder": "JumpReLUSkipTranscoder needs a stream 'target'",
+        "GradientTopK": "GradientTopK reads gradients of the model's loss: set data.gradients=true",
+    }
+    if name in asks:
         with pytest.raises(SystemExit):
             fit(core=core, steps=5)
-        assert "SkipTranscoder needs a stream 'target'" in capsys.readouterr().err
+        assert asks[name] in capsys.readouterr().err
         return
     run = fit(core=core, steps=5)
     assert type(mmsae.load(run)).__name__ == name

@@ -6,9 +6,10 @@ from mmsae.sources.custom import Custom
 from mmsae.sources.image import ImageSource
 from mmsae.sources.positions import Positions
 from mmsae.sources.text import CausalLM
+from mmsae.sources.text_encoder import TextEncoder
 from mmsae.sources.vision import Timm, Torchvision
 
 __all__ = [
-    "MODALITIES", "CausalLM", "Custom", "ImageSource", "OpenCLIP", "Positions", "SceneCLIP", "Source", "Timm",
-    "Torchvision",
+    "MODALITIES", "CausalLM", "Custom", "ImageSource", "OpenCLIP", "Positions", "SceneCLIP", "Source", "TextEncoder",
+    "Timm", "Torchvision",
 ]  # fmt: skip

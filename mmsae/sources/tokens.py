@@ -1,45 +1,58 @@
-"""Tokens as a reader wants to see them."""
+"""The tokens of an item, and how a reader wants to see them."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 
-def readable(tokenizer: Any, ids: list[int], text: str | None = None) -> list[str]:
+class Coded(NamedTuple):
+    """What a model reads of an item.
+
+    Attributes:
+        ids: Of the tokens.
+        columns: Name of a column to one whole number per token.
+        text: Where the tokens come from, if that is known.
+        offsets: Where each token stands in the text, if the tokenizer says so.
+    """
+
+    ids: Sequence[int]
+    columns: Mapping[str, Sequence[int]] = {}
+    text: str | None = None
+    offsets: Sequence[tuple[int, int]] | None = None
+
+
+def special_tokens(tokenizer: Any) -> set[int]:
+    """Ids that are no words: start, end, and every token added as special (headers of a chat); not the unknown word."""
+    added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return (added | set(tokenizer.all_special_ids)) - {tokenizer.unk_token_id}
+
+
+def readable(tokenizer: Any, coded: Coded) -> list[str]:
     """One string per token; joined, those of a text give the text again.
 
     Args:
         tokenizer: Of transformers.
-        ids: Of the tokens.
-        text: Where the ids come from. Without it the tokens are decoded one by one.
+        coded: Tokens; without a text and offsets they are decoded one by one.
     """
-    if text is not None and getattr(tokenizer, "is_fast", False):
-        coded = tokenizer(text, return_offsets_mapping=True)
-        shift = len(ids) - len(coded["input_ids"]) if len(ids) > len(coded["input_ids"]) else 0
-        shift = shift or int(ids[1:2] == coded["input_ids"][:1] and ids[:1] != coded["input_ids"][:1])  # a BOS of ours
-        if ids[shift:] == coded["input_ids"][: len(ids) - shift]:
-            cut = _slices(tokenizer, text, ids[shift:], coded["offset_mapping"])
-            return [*(_single(tokenizer, i) for i in ids[:shift]), *cut]
-    return [_single(tokenizer, i) for i in ids]
-
-
-def _slices(tokenizer: Any, text: str, ids: list[int], offsets: list[tuple[int, int]]) -> list[str]:
-    """Pieces of the text itself: no byte marker, no replaced space, nothing that a decoder strips."""
+    special = special_tokens(tokenizer)
+    ids, text, offsets = coded.ids, coded.text, coded.offsets
+    if text is None or offsets is None:
+        return [_single(tokenizer, index, special) for index in ids]
+    # pieces of the text itself: no byte marker, no replaced space, nothing that a decoder strips
     pieces, done = [], 0
-    for index, (_, end) in zip(ids, offsets, strict=False):
-        if index in tokenizer.all_special_ids:
-            pieces.append(tokenizer.convert_ids_to_tokens(index))
-        elif end > done:
-            pieces.append(text[done:end])
+    for index, (_, end) in zip(ids, offsets, strict=True):
+        if index in special:
+            pieces.append(str(tokenizer.convert_ids_to_tokens(index)))
         else:
-            pieces.append("")  # a further byte of the character before it
+            pieces.append(text[done:end])  # empty for a further byte of the character before it
         done = max(done, end)
     return pieces
 
 
-def _single(tokenizer: Any, index: int) -> str:
+def _single(tokenizer: Any, index: int, special: set[int]) -> str:
     token = str(tokenizer.convert_ids_to_tokens(index))
-    if index in tokenizer.all_special_ids:
+    if index in special:
         return token
     if "▁" in token:
         return token.replace("▁", " ")

@@ -37,6 +37,7 @@ class MatchingPursuit(SAECore):
         aux_coefficient: Weight of the share of the residual that one more step among dead latents leaves unexplained;
             0 switches it off.
         dead_after: Rows (over all ranks) without firing after which a latent counts as dead.
+        repeats: Whether a row goes on after a latent that it has chosen before; SAELens ends it with that step.
     """
 
     b_dec: Tensor
@@ -52,8 +53,10 @@ class MatchingPursuit(SAECore):
         tolerance: float = 0.0,
         aux_coefficient: float = 1 / 32,
         dead_after: int = 10_000_000,
+        repeats: bool = True,
     ) -> None:
         super().__init__(spec, d_latent)
+        self.repeats = repeats
         if TARGET in self.spec.streams:
             raise MmsaeError("MatchingPursuit explains what it reads and cannot be a transcoder: choose TopK.")
         self.spec = ActivationSpec({self.spec.input: self.spec.d_in})
@@ -102,10 +105,14 @@ class MatchingPursuit(SAECore):
         # the pursuit again, along the latents chosen: its gradients touch no other
         ones = residual.new_ones(indices.numel(), 1)
         chosen = sparse_decode(ones, indices.view(-1, 1), atoms).view(*indices.shape, -1)  # [n, steps, d]
+        ended = torch.zeros_like(indices, dtype=torch.bool)
+        if not self.repeats:
+            again = (indices[:, :, None] == indices[:, None, :]).tril(-1).any(-1)
+            ended = again.cumsum(1) > again  # behind the step that repeats a latent
         taken = []
-        for row in chosen.unbind(1):
+        for row, over in zip(chosen.unbind(1), ended.unbind(1), strict=True):
             value = (residual * row).sum(-1)
-            value = value.relu() * (residual.detach().norm(dim=-1) > stop)
+            value = value.relu() * (residual.detach().norm(dim=-1) > stop) * ~over
             residual = residual - value[:, None] * row
             taken.append(value)
         values = merge_repeats(torch.stack(taken, -1), indices)

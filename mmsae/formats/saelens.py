@@ -93,8 +93,7 @@ def load(folder: str | Path) -> SAECore:
     "standard" becomes ReLU, "topk" TopK, "abstopk" AbsTopK, "jumprelu" JumpReLU, "gated" Gated, and the training
     checkpoints "batchtopk" and "matryoshka_batchtopk" BatchTopK and Matryoshka. Transcoders become a core with a stream
     `target`; those with a skip JumpReLUSkipTranscoder, with thresholds of 0 where there are none.
-    "matching_pursuit" becomes MatchingPursuit, whose tolerance also holds before the first step; one that ends with
-    the first repeated latent is refused.
+    "matching_pursuit" becomes MatchingPursuit, whose tolerance also holds before the first step.
 
     Args:
         folder: Holds `cfg.json` and `sae_weights.safetensors`.
@@ -163,15 +162,12 @@ def _build(folder: Path, config: dict[str, Any], spec: ActivationSpec, d_latent:
 
 @torch.no_grad()
 def _pursuit(file: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> MatchingPursuit:
-    """Both pursue alike, but for the repeated latent."""
-    if config.get("stop_on_duplicate_support", True):
-        raise MmsaeError(
-            f"{file} has stop_on_duplicate_support, which ends a row with its first repeated latent; MatchingPursuit "
-            "goes on: only false can be read."
-        )
+    """Both pursue alike."""
     d_latent, d_in = tensors["W_dec"].shape
     steps = whole(config, "max_iterations", file) if config.get("max_iterations") is not None else d_in
-    core = MatchingPursuit(d_in, d_latent, steps, tolerance=max(float(config.get("residual_threshold", 1e-2)), 0))
+    tolerance = max(float(config.get("residual_threshold", 1e-2)), 0)
+    repeats = not config.get("stop_on_duplicate_support", True)
+    core = MatchingPursuit(d_in, d_latent, steps, tolerance, repeats=repeats)
     core.W_dec.copy_(tensors["W_dec"])
     if config.get("apply_b_dec_to_input", True):  # else theirs is neither subtracted nor added
         core.b_dec.copy_(tensors["b_dec"])

@@ -122,7 +122,7 @@ def _architecture(core: SAECore) -> tuple[str, dict[str, Any]]:
                 "this MatchingPursuit measures residuals in whitened units, for which SAELens has no place: train it "
                 "without whitening, or keep it in the format of mmsae."
             )
-        stop = {"residual_threshold": float(core.stop), "stop_on_duplicate_support": False}
+        stop = {"residual_threshold": float(core.stop), "stop_on_duplicate_support": not core.repeats}
         return name, {**stop, "max_iterations": core.k}
     assert isinstance(core, LinearCore)
     has_threshold(core)

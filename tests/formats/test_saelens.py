@@ -40,6 +40,7 @@ CLASSES = {
     "jumprelu_uncentred": JumpReLU,
     "matching_pursuit": MatchingPursuit,
     "matching_pursuit_all": MatchingPursuit,
+    "matching_pursuit_default": MatchingPursuit,
     "matching_pursuit_uncentred": MatchingPursuit,
     "matryoshka": Matryoshka,
     "skip_transcoder": JumpReLUSkipTranscoder,
@@ -239,12 +240,11 @@ def test_missing_or_cut_files_are_named(folder):
         saelens.load(folder)
 
 
-def test_pursuit_that_ends_with_a_repeated_latent_is_refused(tmp_path):
-    shutil.copytree(next(f for f in GOLDEN if f.name == "saelens_matching_pursuit"), tmp_path / "sae")
-    rewrite(tmp_path / "sae", {"stop_on_duplicate_support": True})
-    with pytest.raises(MmsaeError, match="ends a row with its first repeated latent"):
-        saelens.load(tmp_path / "sae")
-    rewrite(tmp_path / "sae", {"stop_on_duplicate_support": False, "max_iterations": "many"})
+def test_where_a_pursuit_ends_is_kept_and_a_number_of_steps_is_a_number(tmp_path):
+    for repeats in (True, False):
+        core = randomised(MatchingPursuit(8, 16, k=5, repeats=repeats))
+        assert saelens.load(saelens.export(core, tmp_path / "sae")).repeats == repeats
+    rewrite(tmp_path / "sae", {"max_iterations": "many"})
     with pytest.raises(MmsaeError, match="max_iterations=many, where a whole number is needed"):
         saelens.load(tmp_path / "sae")
 

@@ -26,6 +26,7 @@ CASES = {  # name: (training class?, architecture, config)
     "gated_training": (True, "gated", {}),
     "matching_pursuit": (False, "matching_pursuit", {**PURSUIT, "residual_threshold": 0.5, "max_iterations": 5}),
     "matching_pursuit_all": (False, "matching_pursuit", {**PURSUIT, "residual_threshold": 0.0}),
+    "matching_pursuit_default": (False, "matching_pursuit", {}),
     "matching_pursuit_uncentred": (
         False, "matching_pursuit", {**PURSUIT, "max_iterations": 3, "apply_b_dec_to_input": False}
     ),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -109,6 +110,12 @@ class SAECore(nn.Module, ABC):
 
     rows_seen: Tensor
     rows_since_fired: Tensor
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for name in ("encode", "decode", "losses"):
+            if name in cls.__dict__:
+                setattr(cls, name, untraced(cls.__dict__[name]))
 
     def __init__(self, spec: ActivationSpec | int, d_latent: int) -> None:
         super().__init__()
@@ -244,6 +251,20 @@ class SAECore(nn.Module, ABC):
                 value = dict(value.streams)
             arguments[name] = list(value) if isinstance(value, tuple) else value
         return arguments
+
+
+def untraced(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The method as it is, and a break in the graph where `torch.compile` traces a model that calls it.
+
+    Sparse selections look at their data, and the kernels are compiled already: tracing would fail and bring nothing.
+    """
+    hidden = torch._disable_dynamo(method)  # the public name imports the compiler, which takes seconds
+
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return (hidden if torch.compiler.is_dynamo_compiling() else method)(*args, **kwargs)
+
+    return call
 
 
 def squared_error(target: Tensor, reconstruction: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ class GradientTopK(TopK):
         x, table, bias, centre = self.encoder(x)
         rows = x.reshape(-1, x.shape[-1])
         with torch.autocast(x.device.type, enabled=False):
-            indices = self._choose(rows.float(), slopes.reshape(len(rows), -1))
+            indices = self._choose(rows, slopes.reshape(len(rows), -1))
             values = encode_pairs(rows, table, bias, Pairs.of(indices, self.d_latent), centre)
         shape = (*x.shape[:-1], self.k)
         return Codes(values.view(shape).relu(), indices.view(shape), self.d_latent)
@@ -109,4 +109,4 @@ class GradientTopK(TopK):
             raise MmsaeError(
                 f"{type(self).__name__} selects by gradients of the model's loss: set data.gradients=true."
             )
-        return batch[GRADS][self.outputs[0]].float()
+        return batch[GRADS][self.outputs[0]].to(self.W_dec.dtype)

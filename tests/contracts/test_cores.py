@@ -324,7 +324,7 @@ NOT_THE_SLOPE = {
 """Core: parameters, and a term of the loss, whose gradients are not the slope of the loss on purpose, and why."""
 
 
-@pytest.mark.parametrize("name", [name for name in LEARNING if name != "GradientTopK"])  # scores are float32 there
+@pytest.mark.parametrize("name", LEARNING)
 def test_gradients_are_slopes(name):
     """Finite differences in float64 along random directions; what a core selects stays, at this distance."""
     core = trained(LEARNING[name]).double().train()
@@ -507,3 +507,15 @@ def test_folding_is_noticed_when_a_mean_is_forgotten():
     want = raw_affine.invert(core(raw_affine.apply(raw)))
     core.fold({"x": Affine(torch.zeros(D, dtype=torch.float64), raw_affine.scale)})
     assert (core(raw) - want).abs().max() > 0.1
+
+
+def test_a_model_around_a_core_can_be_compiled(core):
+    """The core stays what it is, with breaks in the graph."""
+    x = rows(20, 4)
+
+    def model(x):
+        return joined(core.decode(core.encode(x.relu()))).cos()
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        assert_close(torch.compile(model, backend="eager")(x), model(x), rtol=0, atol=0)

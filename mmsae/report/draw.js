@@ -1,4 +1,4 @@
-// Drawing: elements, pictures under heat maps, highlighted text, histograms. Nothing here knows the page.
+// Drawing: elements, numbers, colours, histograms. Nothing here knows the page.
 
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -51,21 +51,6 @@ function heatColour(share) {
   return RAMP[low].map((from, i) => from + (RAMP[low + 1][i] - from) * (place - low));
 }
 
-/** A canvas with one pixel per patch; the style sheet stretches it over the picture. */
-function heatMap(heat) {
-  const levels = Uint8Array.from(atob(heat.levels), (c) => c.charCodeAt(0));
-  const rows = levels.length / heat.columns;
-  const canvas = make("canvas", { width: heat.columns, height: rows, class: "heat", "aria-hidden": "true" });
-  const context = canvas.getContext("2d");
-  const pixels = context.createImageData(heat.columns, rows);
-  levels.forEach((level, i) => {
-    const share = level / 255;
-    pixels.data.set([...heatColour(share), 255 * (0.3 + 0.4 * Math.sqrt(share))], 4 * i);
-  });
-  context.putImageData(pixels, 0, 0);
-  return canvas;
-}
-
 /** The scale of the heat maps, from silence to the largest activation of the latent. */
 function heatScale(peak) {
   const stops = RAMP.map((c) => `rgb(${c.join(",")})`).join(",");
@@ -73,39 +58,60 @@ function heatScale(peak) {
   return make("span", { class: "scale", role: "img", "aria-label": `Colour scale from 0 to ${short(peak)}` }, "0", bar, short(peak));
 }
 
-function picture(medium, example, options) {
-  const image = make("img", { src: medium.data, alt: options.alt, loading: "lazy", decoding: "async", draggable: "false" });
-  const frame = make("span", { class: "picture" }, image);
-  if (options.heat && example.heat) frame.append(heatMap(example.heat));
-  return frame;
+/** How each kind of medium is looked at: `square` in a montage or else `tile` on a card, `pane` in the dialog, `words`. */
+const PANES = {
+  other: {
+    tile: (medium) => make("span", { class: "passage" }, medium.text ?? ""),
+    pane: (latent, medium, e) => reading(e, make("span", {}, medium.text ?? "")),
+  },
+};
+
+function paneOf(medium) {
+  return PANES[medium.kind] ?? PANES.other;
 }
 
-/** Tokens as the tokenizer cut them, shaded by activation; only `reach` of them around the strongest if given. */
-function passage(tokens, values, peak, reach = null) {
-  const node = make("span", { class: "passage" });
-  let [from, to] = [0, tokens.length];
-  if (reach !== null && values) {
-    const strongest = values.reduce((best, v, i) => (Math.abs(v ?? 0) > Math.abs(values[best] ?? 0) ? i : best), 0);
-    from = Math.max(0, Math.min(strongest - Math.floor(reach / 2), tokens.length - reach));
-    to = Math.min(tokens.length, from + reach);
-  }
-  if (from > 0) node.append("…");
-  for (let i = from; i < to; i++) {
-    const text = tokens[i].replace(/[Ġ▁]/g, " ").replace(/Ċ/g, "↵").replace(/<\/w>/g, " ");
-    const value = values ? values[i] : null;
-    const word = value ? text.trim() || text : "";
-    const start = word ? text.indexOf(word) : text.length; // the space before a word is not shaded: lines end cleanly
-    if (node.hasChildNodes() || start === text.length) node.append(i === 0 ? text.slice(0, start).trimStart() : text.slice(0, start));
-    if (!word) continue;
-    const share = Math.round(100 * Math.min(1, Math.abs(value) / peak));
-    node.append(make("mark", { style: `--share:${share}%`, title: `${word}: ${short(value)}` }, word), text.slice(start + word.length));
-  }
-  if (to < tokens.length) node.append("…");
-  return node;
+/** One line of the dialog: the activation, then what was read. */
+function reading(e, ...children) {
+  return make("figure", { class: "reading" }, activation(e), ...children);
 }
 
-function mediumText(medium) {
-  return medium.kind === "text" ? (medium.tokens ?? []).join("") : medium.text ?? "";
+function activation(e) {
+  return make("span", { class: "value", title: "Activation" }, short(e.activation));
+}
+
+/** Text under an example: its activation and what is said of it. */
+function caption(e, ...notes) {
+  const said = notes.filter(Boolean).join(" · ");
+  return make("figcaption", { title: said }, activation(e), make("span", { class: "alt" }, said));
+}
+
+/** The bytes behind base64. */
+function bytes(text) {
+  return Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
+}
+
+function seconds(value) {
+  return `${fixed(value, value < 10 ? 2 : 1).replace(/\.?0+$/, "")} s`;
+}
+
+/** Share of the latent's peak, for shading. */
+function shareOf(value, latent) {
+  return Math.min(1, Math.abs(value) / latent.peak);
+}
+
+/** The excerpt on the page, if it is not the whole recording. */
+function excerptOf(medium) {
+  if (medium.total - medium.seconds < 1e-3) return `${seconds(medium.seconds)}`;
+  const from = medium.start_ms / 1000;
+  return `${seconds(from)} to ${seconds(from + medium.seconds)} of ${seconds(medium.total)}`;
+}
+
+/** Active windows in words, strongest first, times as in the recording. */
+function windowsInWords(medium, e, where = () => "") {
+  const windows = [...(e.windows ?? [])].sort((a, b) => Math.abs(b.at(-1)) - Math.abs(a.at(-1))).slice(0, 8);
+  const from = medium.start_ms / 1000;
+  const said = windows.map((w) => `${fixed(from + w[0], 2)} to ${seconds(from + w[1])}${where(w)}: ${short(w.at(-1))}`);
+  return said.length ? `active ${said.join(", ")}${e.windows.length > 8 ? ", and weaker ones" : ""}` : "";
 }
 
 /** Round numbers that divide [low, high] into at most `count` steps or so. */

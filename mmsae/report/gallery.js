@@ -29,7 +29,7 @@ function gallery(data) {
     latent.words ??= [
       `#${latent.id}`, latent.label, latent.factor ? `${factorName(latent)} ${latent.factor.name} ${latent.factor.value}` : "",
       ...(latent.captions ?? []).map((c) => c.text),
-      ...latent.examples.map((e) => `${mediumText(media[e.media])} ${media[e.media].text ?? ""}`),
+      ...latent.examples.map((e) => `${paneOf(media[e.media]).words?.(media[e.media]) ?? ""} ${media[e.media].text ?? ""}`),
     ].join("\n").toLowerCase();
     return latent.words;
   }
@@ -48,7 +48,7 @@ function gallery(data) {
     state.shown.sort((a, b) => exact(a) - exact(b) || compare(by(a), by(b), sign) || a.id - b.id);
     state.drawn = 0;
     grid.replaceChildren();
-    grid.classList.toggle("texts", !latents.some((l) => l.set === wanted && l.examples.some((e) => media[e.media].kind === "image")));
+    grid.classList.toggle("texts", !latents.some((l) => l.set === wanted && l.examples.some((e) => isSquare(media[e.media], e))));
     more();
     const all = latents.filter((l) => l.set === wanted).length;
     const n = state.shown.length;
@@ -147,11 +147,11 @@ function headingOf(latent) {
 function card(latent, media, heat) {
   const heading = headingOf(latent);
   const score = latent.factor ? `AUROC ${fixed(latent.factor.auroc, 2)}` : null;
-  const pictures = latent.examples.filter((e) => media[e.media].kind === "image").slice(0, TILES);
+  const pictures = latent.examples.filter((e) => isSquare(media[e.media], e)).slice(0, TILES);
   const silent = latent.examples.length ? null : make("span", { class: "passage" }, "no example");
   const montage = pictures.length
-    ? make("span", { class: "montage" }, ...pictures.map((e) => picture(media[e.media], e, { alt: "", heat })))
-    : make("span", { class: "snippets" }, silent, ...latent.examples.slice(0, SNIPPETS).map((e) => snippet(media[e.media], e, latent)));
+    ? make("span", { class: "montage" }, ...pictures.map((e) => tile(media[e.media], e, heat)))
+    : make("span", { class: "snippets" }, silent, ...latent.examples.slice(0, SNIPPETS).map((e) => (paneOf(media[e.media]).tile ?? PANES.other.tile)(media[e.media], e, latent)));
   return make(
     "a", { class: "card", href: `#${latent.key}`, "aria-label": [`Latent ${latent.id}`, heading, score].filter(Boolean).join(", ") },
     montage,
@@ -160,9 +160,15 @@ function card(latent, media, heat) {
   );
 }
 
-function snippet(medium, example, latent) {
-  if (medium.kind !== "text") return make("span", { class: "passage" }, medium.text ?? "");
-  return passage(medium.tokens, example.values, latent.peak, SNIPPET_TOKENS);
+function isSquare(medium, e) {
+  return Boolean(paneOf(medium).square?.(medium, e));
+}
+
+/** A picture of a montage, whose cells are square. */
+function tile(medium, e, heat) {
+  const frame = picture(medium, e, { alt: "", heat: heat || !medium.data });
+  frame.style.aspectRatio = "";
+  return frame;
 }
 
 function dialog(latents, media, shown) {
@@ -175,6 +181,7 @@ function dialog(latents, media, shown) {
 
   function follow() {
     const latent = latents.find((l) => `#${l.key}` === location.hash);
+    hush();
     current = latent ?? null;
     if (!latent) {
       if (box.open) box.close();
@@ -208,6 +215,7 @@ function dialog(latents, media, shown) {
     step(by);
   });
   box.addEventListener("close", () => {
+    hush();
     if (!current) return;
     const link = document.querySelector(`a[href="#${current.key}"]`);
     current = null;
@@ -220,29 +228,23 @@ function dialog(latents, media, shown) {
 
 function detail(latent, media, heat, remember) {
   const withHeat = latent.examples.some((e) => e.heat);
-  const examples = make("div", { class: `examples${heat ? " heated" : ""}` }, ...latent.examples.map((e) => example(latent, media[e.media], e)));
+  const timed = latent.examples.some((e) => e.windows?.length);
+  const panes = latent.examples.map((e) => paneOf(media[e.media]).pane(latent, media[e.media], e));
+  const examples = make("div", { class: `examples${heat ? " heated" : ""}` }, ...panes);
   const tools = make("div", { class: "above" }, make("h3", {}, "Strongest examples"));
-  if (withHeat) {
+  if (withHeat || timed) {
     const toggle = make("input", { type: "checkbox", id: "overlay" });
     toggle.checked = heat;
     toggle.addEventListener("change", () => {
       examples.classList.toggle("heated", toggle.checked);
       remember(toggle.checked);
     });
-    tools.append(make("label", { class: "check", title: "Point at a picture to see it alone" }, toggle, " Heat map"), heatScale(latent.peak));
+    const title = withHeat ? "Point at a picture to see it alone" : null;
+    tools.append(make("label", { class: "check", title }, toggle, withHeat ? " Heat map" : " Active windows"));
+    tools.append(withHeat ? heatScale(latent.peak) : make("span", {}, `full shade at ${short(latent.peak)}`));
   }
-  const side = make("aside", {}, facts(latent), match(latent), captions(latent), activations(latent));
+  const side = make("aside", {}, facts(latent), match(latent), captions(latent), profile(latent), activations(latent));
   return [make("div", { class: "main" }, tools, examples), side];
-}
-
-function example(latent, medium, e) {
-  const value = make("span", { class: "value", title: "Activation" }, short(e.activation));
-  if (medium.kind === "text") {
-    return make("figure", { class: "reading" }, value, passage(medium.tokens, e.values, latent.peak));
-  }
-  if (medium.kind !== "image") return make("figure", { class: "reading" }, value, make("span", {}, medium.text ?? ""));
-  const alt = medium.text || `Sample ${e.sample}`;
-  return make("figure", {}, picture(medium, e, { alt, heat: true }), make("figcaption", { title: alt }, value, make("span", { class: "alt" }, [e.note, medium.text].filter(Boolean).join(" · "))));
 }
 
 function facts(latent) {
@@ -271,4 +273,9 @@ function activations(latent) {
   const h = latent.histogram;
   if (!h?.counts?.length) return null;
   return make("section", {}, make("h3", {}, "Activations"), histogram(h.edges, h.counts, `Histogram of the activations of latent ${latent.id}`));
+}
+
+function profile(latent) {
+  if (!latent.profile?.some((line) => line.x.length)) return null;
+  return make("section", {}, make("h3", {}, "Over the timesteps"), timesteps(latent.profile));
 }

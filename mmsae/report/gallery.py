@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from mmsae.results import Result
 
 DIGITS = 4  # significant digits of an activation on the page
+PICTURES = ("data", "mask", "spectrogram")
+NEEDED = {"image": {"data"}, "image_text": {"data"}, "audio": {"spectrogram"}}  # diffusion may be without a picture
 
 
 def pack(results: Iterable[Result]) -> dict[str, Any]:
@@ -50,6 +52,7 @@ def _latent(latent: dict[str, Any], set_index: int, n_media: int, used: dict[int
 def _activations(example: dict[str, Any]) -> Iterator[Any]:
     yield example.get("activation")
     yield from example.get("values") or []
+    yield from (window[-1] for window in example.get("windows") or [])
     for row in example.get("heat") or []:
         yield from row
 
@@ -65,9 +68,10 @@ def _heat(heat: Sequence[Sequence[float]] | None, peak: float) -> dict[str, Any]
 
 def _medium(medium: dict[str, Any]) -> dict[str, Any]:
     """Only data that is inside the page: a picture that would have to be fetched is shown by its text."""
-    if medium.get("kind") == "image" and not str(medium.get("data", "")).startswith("data:image/"):
-        return {"kind": "other", "text": str(medium.get("text") or "picture not stored")}
-    return medium
+    shown = {*PICTURES} & medium.keys() | NEEDED.get(str(medium.get("kind")), set())
+    if all(str(medium.get(name, "")).startswith("data:image/") for name in shown):
+        return medium
+    return {"kind": "other", "text": str(medium.get("text") or "picture not stored")}
 
 
 def embed(data: Any) -> str:

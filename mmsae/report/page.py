@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from mmsae.results import Result
 
 HERE = Path(__file__).parent
-SCRIPTS = ("draw.js", "gallery.js", "page.js")  # one scope, in this order
+KINDS = ("image", "text", "audio", "signal", "diffusion")
+SCRIPTS = ("draw.js", *(f"draw_{kind}.js" for kind in KINDS), "gallery.js", "page.js")  # one scope, in this order
 
 
 def write_report(results: Sequence[Result], path: Path, title: str, facts: dict[str, str]) -> Path:
@@ -63,7 +64,8 @@ def _section(result: Result, index: int) -> dict[str, Any] | None:
     tables = [grid(table) for table in result.tables]
     if result.latents and not drawn and not tables:
         return None
-    name = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", result.name).capitalize()
+    name = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", result.name)
+    name = name if name.isupper() else name.capitalize()
     return {
         "id": f"section-{index}",
         "name": name,

@@ -3,6 +3,7 @@
 import base64
 import io
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -165,3 +166,21 @@ def results():
 @pytest.fixture(scope="session")
 def text_results():
     return [*measured()[:2], top_texts(24, np.random.default_rng(1))]
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory):
+    chromium, driver = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
+    if not chromium or not driver:
+        pytest.skip("no chromium with chromedriver on this machine")
+    webdriver = pytest.importorskip("selenium.webdriver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for switch in ("headless=new", "no-sandbox", "disable-gpu", "disable-background-networking", "disable-sync",
+                   "disable-component-update", "no-first-run", "force-prefers-reduced-motion", "window-size=1280,900",
+                   f"user-data-dir={tmp_path_factory.mktemp('profile')}"):  # fmt: skip
+        options.add_argument(f"--{switch}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield browser
+    browser.quit()

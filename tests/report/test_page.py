@@ -1,11 +1,10 @@
 import json
 import re
-import shutil
 import subprocess
 import sys
-import time
 
 import pytest
+from browsing import clean, css, load, press, until
 from conftest import FACTS, NASTY
 
 from mmsae.errors import MmsaeError
@@ -110,55 +109,6 @@ def test_report_needs_no_torch():
 
 
 # ---- in a browser -------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    chromium, driver = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
-    if not chromium or not driver:
-        pytest.skip("no chromium with chromedriver on this machine")
-    webdriver = pytest.importorskip("selenium.webdriver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for switch in ("headless=new", "no-sandbox", "disable-gpu", "disable-background-networking", "disable-sync",
-                   "disable-component-update", "no-first-run", "force-prefers-reduced-motion", "window-size=1280,900",
-                   f"user-data-dir={tmp_path_factory.mktemp('profile')}"):  # fmt: skip
-        options.add_argument(f"--{switch}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    yield browser
-    browser.quit()
-
-
-def load(browser, page, address=""):
-    browser.get("about:blank")
-    for kind in ("browser", "performance"):
-        browser.get_log(kind)
-    browser.get(page.as_uri() + address)
-
-
-def clean(browser):
-    """No complaint in the console, and nothing asked of any network."""
-    assert browser.get_log("browser") == []
-    events = [json.loads(e["message"])["message"] for e in browser.get_log("performance")]
-    asked = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
-    return all(url.startswith(("file:", "data:")) for url in asked) and bool(asked)
-
-
-def css(browser, selector):
-    return browser.find_elements("css selector", selector)
-
-
-def until(condition, seconds=5.0):
-    end = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.02)
-    return found
-
-
-def press(browser, key):
-    browser.switch_to.active_element.send_keys(key)
 
 
 def ids(browser):

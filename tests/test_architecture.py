@@ -21,7 +21,7 @@ MAY = {
     "hooks": TOP,
     "sources": HOOKS,
     "miniatures": HOOKS,
-    "encoders": set(),
+    "encoders": {"errors"},
     "store": TOP,
     "artifact": CORES,
     "formats": CORES | {"artifact"},
@@ -33,9 +33,11 @@ MAY = {
     "report": {"errors", "files", "results"},
     "cli": {"*"},
 }
-INSIDE = {"sources": {"miniatures"}}  # and inside functions: the CLIP that ships is built like any other weights
+INSIDE = {"sources": {"miniatures", "encoders"}}  # and inside functions: what ships is built like any other weights
 LIGHTNING = {"training", "datamodules", "cli", "encoders"}
-GUESTS = {"transformers", "open_clip", "timm", "diffusers", "torchvision", "sae_lens"}  # optional: inside functions
+GUESTS = {  # optional: inside functions
+    "transformers", "open_clip", "timm", "diffusers", "torchvision", "sae_lens", "wfdb", "mne", "braindecode",
+}  # fmt: skip
 HEAVY = ("torch", "lightning", "numpy", "sklearn")
 
 

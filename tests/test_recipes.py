@@ -1,10 +1,12 @@
 """Every recipe runs: the real command on the real model class, its weights random and its size a toy's."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from towers import CLAP_CONFIG, clip_config, tone
 
 from mmsae.cli.main import main
 
@@ -81,6 +83,36 @@ def test_the_language_model_recipe_trains(language_model, tmp_path, monkeypatch)
     main(["fit", "--config", str(RECIPES / "pythia_70m_jumprelu.yaml"), *own, *SMALL_CORE, *FAST])
 
 
+def test_the_attention_output_recipe_trains(language_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = '{"model_type": "gpt2", "vocab_size": 11, "n_embd": 32, "n_layer": 6, "n_head": 4, "n_positions": 128}'
+    own = [
+        f"--data.init_args.path={language_model / 'texts.txt'}",
+        f"--data.init_args.source.init_args.model={language_model}",
+        f"--data.init_args.source.init_args.config={config}",
+    ]
+    main(["fit", "--config", str(RECIPES / "gpt2_attention_output.yaml"), *own, *SMALL_CORE, *FAST])
+
+
+def test_the_dialogue_recipe_trains(language_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = [{"role": "user", "content": "the old cat"}, {"role": "assistant", "content": "likes the red house"}]
+    Path("dialogues.jsonl").write_text("".join(json.dumps({"messages": said}) + "\n" for _ in range(20)))
+    config = (
+        '{"model_type": "qwen2", "vocab_size": 11, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 19,'
+        ' "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048}'
+    )
+    template = "{% for message in messages %}{{ message.content }} <|endoftext|> {% endfor %}"
+    own = [
+        "--data.init_args.path=dialogues.jsonl",
+        "--data.init_args.chunk_rows=64",
+        f"--data.init_args.source.init_args.model={language_model}",
+        f"--data.init_args.source.init_args.config={config}",
+        f"--data.init_args.source.init_args.chat_template={template}",
+    ]
+    main(["fit", "--config", str(RECIPES / "qwen2_5_7b_instruct_fast.yaml"), *own, *SMALL_CORE, *FAST])
+
+
 def test_the_demo_recipes_go_from_scenes_to_a_page(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     few = ["--data.init_args.n_train=64", "--data.init_args.n_val=48", "--data.init_args.n_test=48", "--threads=1"]
@@ -95,6 +127,128 @@ def test_the_demo_recipes_go_from_scenes_to_a_page(tmp_path, monkeypatch, capsys
     assert "accuracy digit" in page
 
 
+def test_the_microscopy_recipe_trains(tmp_path, monkeypatch):
+    tifffile = pytest.importorskip("tifffile")
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    for i in range(10):
+        tifffile.imwrite(
+            f"{i}.tif", rng.integers(0, 4000, (70, 90), dtype=np.uint16), compression="zlib", tile=(16, 16)
+        )
+    hiera = (
+        '{"model_type": "sam2_hiera_det_model", "hidden_size": 24, "blocks_per_stage": [1, 2, 7, 2],'
+        ' "embed_dim_per_stage": [24, 48, 96, 192], "num_attention_heads_per_stage": [1, 2, 4, 8],'
+        ' "window_size_per_stage": [8, 4, 8, 4], "global_attention_blocks": [5, 7, 9], "image_size": [128, 128]}'
+    )
+    vision = f'{{"backbone_config": {hiera}, "backbone_channel_list": [192, 96, 48, 24], "fpn_hidden_size": 32}}'
+    own = [
+        "--data.init_args.root=.",
+        "--data.init_args.tile=64",
+        "--data.init_args.examples_per_forward=4",
+        f'--data.init_args.source.init_args.config={{"model_type": "sam2", "vision_config": {vision}}}',
+    ]
+    main(["fit", "--config", str(RECIPES / "sam2_hiera_microscopy_batchtopk.yaml"), *own, *SMALL_CORE, *FAST])
+
+
+def test_the_clap_recipe_trains(tmp_path, monkeypatch):
+    soundfile = pytest.importorskip("soundfile")
+    monkeypatch.chdir(tmp_path)
+    Path("sounds").mkdir()
+    for i in range(5):
+        soundfile.write(f"sounds/{i}.wav", tone(200 + 50 * i, 0.5), 16_000)
+    own = [
+        "--data.init_args.source.init_args.model=random",
+        f"--data.init_args.source.init_args.config={json.dumps(CLAP_CONFIG)}",
+    ]
+    main(["fit", "--config", str(RECIPES / "clap_htsat_batchtopk.yaml"), *own, *SMALL_CORE, *FAST])
+
+
+def test_the_siglip_recipe_trains(pictures, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    own = [
+        f"--data.init_args.root={pictures}",
+        "--data.init_args.source.init_args.model=random",
+        f"--data.init_args.source.init_args.config={json.dumps(clip_config('siglip'))}",
+    ]
+    main(["fit", "--config", str(RECIPES / "siglip_so400m_matryoshka.yaml"), *own, *SMALL_CORE, *FAST])
+
+
+@pytest.mark.parametrize("name", ["sounds_batchtopk", "scene_pairs_crosscoder", "ecg_jepa_topk"])
+def test_the_recipes_of_miniatures_train(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    few = ["--data.init_args.n_train=16", "--data.init_args.n_val=8", "--data.init_args.n_test=8"]
+    main(["fit", "--config", str(RECIPES / f"{name}.yaml"), *few, *SMALL_CORE, *FAST])
+
+
+@pytest.mark.parametrize(
+    ("name", "family", "layers"), [("llava_1_5_7b_topk", "llava", 25), ("qwen2_5_vl_3b_batchtopk", "qwen2_5_vl", 27)]
+)
+def test_the_multimodal_recipes_train(name, family, layers, pictures, tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    from tiny_lmm import save_lmm
+
+    monkeypatch.chdir(tmp_path)
+    turns = [{"from": "human", "value": "<image>\nwhat is the cat ?"}, {"from": "gpt", "value": "a red cat"}]
+    rows = [json.dumps({"image": f"{i}.png", "conversations": turns}) for i in range(10)]
+    Path("talks.jsonl").write_text("\n".join(rows))
+    own = [
+        "--data.init_args.path=talks.jsonl",
+        f"--data.init_args.images={pictures}",
+        "--data.init_args.chunk_rows=64",
+        f"--data.init_args.source.init_args.model={save_lmm(tmp_path / 'model', family, layers=layers)}",
+        "--model.core.init_args.k=8",
+    ]
+    main(["fit", "--config", str(RECIPES / f"{name}.yaml"), *own, *SMALL_CORE, *FAST])
+
+
+def test_the_eeg_recipe_trains(tmp_path, monkeypatch):
+    pytest.importorskip("mne")
+    pytest.importorskip("braindecode", reason="no braindecode")
+    from recordings import write_edfs
+
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "eeg"
+    folder.mkdir()
+    names = [f"E{i}" for i in range(4)]
+    config = '{"n_chans": 4, "n_times": 160, "n_outputs": 2, "sfreq": 160}'
+    own = [
+        f"--data.init_args.root={write_edfs(folder, 5, names=names, rate=160)}",
+        "--data.init_args.window_s=1",
+        f"--data.init_args.source.init_args.config={config}",
+    ]
+    main(["fit", "--config", str(RECIPES / "eeg_motor_imagery_batchtopk.yaml"), *own, *SMALL_CORE, *FAST])
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "own"),
+    [
+        ("sdxl_turbo_down_2_1_topk", "sdxl", ["size=16", "variant=null", "dtype=float32", "pictures=false"]),
+        ("sd_1_5_up_1_1_batchtopk", "sd", ["steps=2", "dtype=float32"]),
+    ],
+)
+def test_the_diffusion_recipes_train(name, kind, own, tmp_path, monkeypatch):
+    pytest.importorskip("diffusers")
+    from tiny_diffusion import save_pipeline
+
+    monkeypatch.chdir(tmp_path)
+    save_pipeline(kind, tmp_path / kind, deep=True)
+    Path("prompts.txt").write_text("\n".join("abcdefghijkl"))
+    given = [f"--data.init_args.source.init_args.{argument}" for argument in (f"model={tmp_path / kind}", *own)]
+    main(["fit", "--config", str(RECIPES / f"{name}.yaml"), *given, *SMALL_CORE, "--model.core.init_args.k=8", *FAST])
+
+
+def test_the_miniature_diffusion_recipe_trains(tmp_path, monkeypatch):
+    pytest.importorskip("diffusers")
+    monkeypatch.chdir(tmp_path)
+    few = ["--data.init_args.n_train=4", "--data.init_args.n_val=2", "--data.init_args.source.init_args.steps=2"]
+    main(["fit", "--config", str(RECIPES / "scene_diffusion_batchtopk.yaml"), *few, *SMALL_CORE, *FAST])
+
+
 def test_every_recipe_has_a_case():
-    tested = {*CASES, "pythia_70m_jumprelu", "scenes_extract", "scenes_topk"}
+    languages = {"gpt2_attention_output", "pythia_70m_jumprelu", "qwen2_5_7b_instruct_fast"}
+    tested = {*CASES, *languages, "sam2_hiera_microscopy_batchtopk", "scenes_extract", "scenes_topk"}
+    tested |= {"clap_htsat_batchtopk", "siglip_so400m_matryoshka", "sounds_batchtopk", "scene_pairs_crosscoder"}
+    tested |= {"llava_1_5_7b_topk", "qwen2_5_vl_3b_batchtopk"}
+    tested |= {"ecg_jepa_topk", "eeg_motor_imagery_batchtopk"}
+    tested |= {"sdxl_turbo_down_2_1_topk", "sd_1_5_up_1_1_batchtopk", "scene_diffusion_batchtopk"}
     assert {path.stem for path in RECIPES.glob("*.yaml")} == tested

@@ -39,6 +39,8 @@ class Downstream(Analysis):
             return Result(name="Downstream", title="not measured: there is no model, only stored activations")
         if source.positions == "mean":
             return Result(name="Downstream", title="not measured: pooled activations cannot be put back")
+        if len(core.outputs) > 1:
+            return Result(name="Downstream", title="not measured: the dictionary reads several streams at once")
         device = source.placed
         core = core.to(device)
         mean = self._mean(core, data).to(device)

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize, pad
 
 from mmsae.errors import MmsaeError, nearest
 from mmsae.sources.image import ImageSource
 from mmsae.sources.items import example_images, text_of
 from mmsae.sources.positions import DELIMITER, PADDING, PREFIX, Positions, grid_places
+from mmsae.sources.two_towers import TwoTowers
 from mmsae.sources.weights import first_line, needs
 
 Tower = Literal["image", "text"]
 
 
-class OpenCLIP(ImageSource):
+class OpenCLIP(TwoTowers, ImageSource):
     """One tower of a CLIP model of open_clip.
 
     Args:
@@ -28,6 +28,7 @@ class OpenCLIP(ImageSource):
         pretrained: Tag (downloaded) or path of a weight file, for a model named in open_clip; None for random weights.
         tower: Which half reads the items: their `image` or their `text`.
         config: Parts of the model's configuration to replace, such as `embed_dim` and `vision_cfg`.
+        prompts: Name of a label to one text for each of its values, to measure zero-shot.
         kwargs: `positions`, `drop_special`, `drop_outliers`, `device`: see `Source`.
     """
 
@@ -38,15 +39,13 @@ class OpenCLIP(ImageSource):
         pretrained: str | None = None,
         tower: Tower = "image",
         config: dict[str, Any] | None = None,
+        prompts: Mapping[str, Sequence[str]] | None = None,
         **kwargs: Any,
     ) -> None:
-        if tower not in ("image", "text"):
-            raise MmsaeError(f"tower={tower!r} is unknown; choose image or text.")
-        self.modality = tower
+        self.choose_tower(tower, prompts)
         super().__init__(hook_points, **kwargs)
         self.name = model
         self.pretrained = pretrained
-        self.tower = tower
         self.config = config or {}
         self.tokenizer: Any = None
 
@@ -93,6 +92,10 @@ class OpenCLIP(ImageSource):
         encode = model.encode_image if self.tower == "image" else model.encode_text
         return encode(batch["input"].to(self.placed))
 
+    def scale(self) -> Tensor:
+        """The learnt one."""
+        return self.model.logit_scale.exp()  # type: ignore[operator, union-attr]
+
     def kinds(self, batch: dict[str, Any], T: int) -> Tensor:
         """Of text: start, words, end, padding."""
         if self.tower == "image":
@@ -133,9 +136,19 @@ class OpenCLIP(ImageSource):
         given = {"pretrained": self.pretrained, "config": self.config, "tower": self.tower}
         return {"model": self.name, "revision": None, **given}
 
+    def columns(self, batch: dict[str, Any], T: int) -> dict[str, Tensor]:
+        """Of pictures with masks: `label.mask`."""
+        return super().columns(batch, T) if self.tower == "image" else {}
+
     def _ids(self, texts: list[str]) -> Tensor:
-        if self.tokenizer is None:
-            self.model  # noqa: B018, loading sets the tokenizer
+        model: Any = self.model
+        if self.tokenizer is None:  # the source reads pictures, but needs prompts
+            open_clip = needs("open_clip", "OpenCLIP", "clip")
+            name = f"local-dir:{self.name}" if Path(self.name).is_dir() else self.name
+            try:
+                self.tokenizer = open_clip.get_tokenizer(name, context_length=model.context_length)
+            except Exception as error:
+                raise MmsaeError(f"cannot fetch the tokenizer of {self.name!r} ({first_line(error)}).") from error
         return self.tokenizer(texts)
 
     def _check_name(self, open_clip: Any, name: str) -> None:
@@ -170,9 +183,11 @@ class SceneCLIP(OpenCLIP):
         drop_outliers: float | None = None,
         device: str = "auto",
     ) -> None:
+        from mmsae.miniatures.captions import FACTORS, zero_shot_prompts
+
         chosen: dict[str, Any] = {"positions": positions, "drop_special": drop_special, "drop_outliers": drop_outliers}
-        super().__init__("scene_clip", hook_points, tower=tower, device=device, **chosen)
-        self._prompts: dict[str, Tensor] = {}
+        prompts = {factor: zero_shot_prompts(factor) for factor in FACTORS}
+        super().__init__("scene_clip", hook_points, tower=tower, prompts=prompts, device=device, **chosen)
 
     def load(self) -> nn.Module:
         """The weights in the package."""
@@ -181,41 +196,6 @@ class SceneCLIP(OpenCLIP):
         model, self.transform, self.tokenizer = scene_clip()
         self.prefix = 1
         return model
-
-    def outcomes(self, output: Tensor, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """`accuracy_<factor>` (0 or 1): is the prompt nearest to the picture the true one? NaN without a label."""
-        return {
-            f"accuracy_{factor}": (logits.argmax(1) == truth).float().where(truth >= 0, torch.nan)
-            for factor, (logits, truth) in self._zero_shot(output, batch).items()
-        }
-
-    def predictions(self, output: Tensor, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Similarities to the prompts of all factors, one row for each picture and labelled factor."""
-        found = list(self._zero_shot(output, batch).values())
-        if not found:
-            raise MmsaeError("SceneCLIP has a loss on pictures with labels only: set tower=image, data=Scenes.")
-        widest = max(logits.shape[1] for logits, _ in found)
-        padded = [pad(logits, (0, widest - logits.shape[1]), value=-1e4) for logits, _ in found]
-        return torch.cat(padded), torch.cat([truth for _, truth in found])
-
-    def _zero_shot(self, output: Tensor, batch: dict[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
-        """Of each labelled factor the logits of its prompts `[B, n_values]`, and the truth `[B]`."""
-        from mmsae.miniatures.captions import FACTORS
-        from mmsae.miniatures.clip import zero_shot
-
-        labels = {factor: batch["columns"].get(f"label.{factor}") for factor in FACTORS}
-        if self.tower == "text":
-            return {}
-        found = {}
-        for factor, truth in labels.items():
-            if truth is None:
-                continue
-            if factor not in self._prompts:
-                self._prompts[factor] = zero_shot(self.model, self.tokenizer, factor)  # type: ignore[arg-type]
-            scale: Any = self.model.logit_scale
-            logits = scale.exp() * normalize(output, dim=-1) @ self._prompts[factor].to(output).T
-            found[factor] = (logits, truth.to(output.device))
-        return found
 
 
 def special_ids(tokenizer: Any) -> tuple[int | None, int | None, int]:

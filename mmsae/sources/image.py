@@ -10,8 +10,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from mmsae.errors import MmsaeError
+from mmsae.sources.arrays import ArrayInput
 from mmsae.sources.base import Source
 from mmsae.sources.items import picture, render_image
+from mmsae.sources.masks import majority, mask_of, origins
 from mmsae.sources.positions import grid_places, patch_grid, patch_kinds
 
 Task = Literal["classification"]
@@ -24,13 +26,27 @@ class ImageSource(Source):
     prefix: int = 0  # class and register tokens in front of the patches
     registers: int = 0  # how many of them are registers
     transform: Callable[[Any], Tensor] | None = None  # picture to [C, H, W]
+    arrays: ArrayInput | None = None  # how items with an `array` are read; without it as pictures of 8 bits
     task: Task | None = None
+    _origins: dict[tuple[bool, int, int], Tensor] | None = None  # by kind and size, see `masks.origins`
 
     def tensors(self, items: list[dict[str, Any]]) -> dict[str, Any]:
-        """`input` float `[B, C, H, W]`."""
+        """`input` float `[B, C, H, W]`; for items with a `mask` also `mask`, int64 `[B, H, W]`, -1 where unknown."""
         if self.transform is None:
             self.model  # noqa: B018, loading sets the transform
-        return {"input": stacked([self.transform(picture(item)) for item in items])}  # type: ignore[misc]
+        inputs, sizes = [], []
+        for item in items:
+            if self.arrays is not None and "array" in item:
+                inputs.append(self.arrays(item))
+                sizes.append(tuple(item["array"].shape[:0:-1]))
+            else:
+                image = picture(item)
+                inputs.append(self.transform(image))  # type: ignore[misc]
+                sizes.append(image.size)
+        batch = {"input": stacked(inputs)}
+        if any("mask" in item for item in items):
+            batch["mask"] = self._masks(items, sizes, batch["input"].shape[-2:])
+        return batch
 
     def forward(self, batch: dict[str, Any]) -> Any:
         """What the model returns for `batch["input"]`."""
@@ -43,6 +59,16 @@ class ImageSource(Source):
     def grid(self, batch: dict[str, Any], T: int) -> tuple[Tensor, Tensor]:
         """Row and column of every patch."""
         return grid_places(len(batch["sample_id"]), T, *self._grid(batch, T))
+
+    def columns(self, batch: dict[str, Any], T: int) -> dict[str, Tensor]:
+        """`label.mask`: the most frequent value of the mask in each patch; -1 for class tokens, and where unknown."""
+        mask = batch.get("mask")
+        first, rows, columns = self._grid(batch, T)
+        if mask is None or not rows:
+            return {}
+        labels = torch.full((len(mask), T), -1)
+        labels[:, first:] = majority(mask.cpu(), rows, columns)
+        return {"label.mask": labels}
 
     def outcomes(self, output: Any, batch: dict[str, Any]) -> dict[str, Tensor]:
         """`cross_entropy` (nats) and `accuracy` (0 or 1) against the label `class`, with `task="classification"`."""
@@ -58,6 +84,24 @@ class ImageSource(Source):
     def render(self, item: dict[str, Any]) -> dict[str, Any]:
         """The picture and its caption."""
         return render_image(item)
+
+    def _masks(self, items: list[dict[str, Any]], sizes: list[tuple[int, int]], shape: torch.Size) -> Tensor:
+        """The masks of items as their pictures were transformed."""
+        if self._origins is None:
+            self._origins = {}
+        masks = torch.full((len(items), *shape), -1)
+        for i, (item, size) in enumerate(zip(items, sizes, strict=True)):
+            if "mask" not in item:
+                continue
+            as_array = self.arrays is not None and "array" in item
+            key = (as_array, *size)
+            if key not in self._origins:
+                if len(self._origins) > 64:  # photographs come in any size
+                    self._origins.clear()
+                self._origins[key] = self.arrays.origins(size) if as_array else origins(self.transform, size)  # type: ignore
+            values = torch.from_numpy(mask_of(item, size)).flatten()
+            masks[i] = torch.where(self._origins[key] >= 0, values[self._origins[key]], -1)
+        return masks
 
     def _grid(self, batch: dict[str, Any], T: int) -> tuple[int, int, int]:
         shape = batch["input"].shape

@@ -6,10 +6,12 @@ import numbers
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mmsae.errors import MmsaeError
+from mmsae.sources.arrays import array_of, as_picture
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -53,12 +55,20 @@ def columns_of(items: list[dict[str, Any]]) -> dict[str, Tensor]:
 
 
 def picture(item: dict[str, Any]) -> Image.Image:
-    """The RGB image of an item, from `item["image"]`: a PIL image or a path; MmsaeError naming what cannot be read."""
+    """The RGB image of an item: `item["image"]`, a PIL image or a path, or 1 or 3 channels in 0..1 as `item["array"]`.
+
+    MmsaeError naming what cannot be read, or has more than 8 bits a channel.
+    """
     from PIL import Image, UnidentifiedImageError
 
     image = item.get("image")
+    if "array" in item and image is None:
+        values = array_of(item)
+        if len(values) not in (1, 3):
+            raise MmsaeError(f"item {item.get('sample_id')} has {len(values)} channels, and a picture 1 or 3.")
+        return as_picture(values)
     if isinstance(image, Image.Image):
-        return image.convert("RGB")
+        return _rgb(image, f"of item {item.get('sample_id')}")
     if not isinstance(image, str | Path):
         raise MmsaeError(
             f"item {item.get('sample_id')} has no picture: its 'image' is {type(image).__name__}, and should be a PIL "
@@ -66,7 +76,7 @@ def picture(item: dict[str, Any]) -> Image.Image:
         )
     try:
         with Image.open(image) as opened:
-            return opened.convert("RGB")
+            return _rgb(opened, repr(str(image)))
     except FileNotFoundError as error:
         raise MmsaeError(f"there is no picture {str(image)!r} (item {item.get('sample_id')}).") from error
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:  # PIL raises all of them
@@ -82,8 +92,21 @@ def text_of(item: dict[str, Any]) -> str:
 
 
 def render_image(item: dict[str, Any]) -> dict[str, Any]:
-    """The picture and caption of an item, for a reader."""
-    return {"kind": "image", "image": picture(item), "text": str(item.get("text") or "")}
+    """The picture and caption of an item, for a reader; its mask and the names of its values, if it has one."""
+    if "array" in item and "image" not in item:
+        values = array_of(item)
+        item = {**item, "array": values[: 3 if len(values) >= 3 else 1]}  # the eye takes no more
+    image = picture(item)
+    shown = {"kind": "image", "image": image, "text": str(item.get("text") or "")}
+    if "mask" not in item:
+        return shown
+    from PIL import Image
+
+    from mmsae.sources.masks import mask_of
+
+    values = mask_of(item, image.size)
+    mask = Image.fromarray(np.where(values < 0, 255, values).clip(0, 255).astype(np.uint8))
+    return {**shown, "mask": mask, "labels": dict(enumerate(item.get("mask_names", ())))}
 
 
 def example_images(side: int, n: int = 2) -> list[dict[str, Any]]:
@@ -94,6 +117,15 @@ def example_images(side: int, n: int = 2) -> list[dict[str, Any]]:
         {"image": Image.new("RGB", (side, side), (90 * i + 40, 100, 120)), "text": "a picture", "sample_id": i}
         for i in range(n)
     ]
+
+
+def _rgb(image: Image.Image, name: str) -> Image.Image:
+    """In 8 bits a channel; what has more is refused, because PIL would cut it off at 255."""
+    if image.mode.startswith(("I", "F")):
+        raise MmsaeError(
+            f"the picture {name} has more than 8 bits a channel (mode {image.mode}); read it with --data=ScienceImages."
+        )
+    return image.convert("RGB")
 
 
 def _is_number(value: Any) -> bool:

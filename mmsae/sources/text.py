@@ -18,7 +18,7 @@ from mmsae.sources.chat import coded_dialogue, template_of
 from mmsae.sources.items import text_of
 from mmsae.sources.positions import DELIMITER, ORDINARY, PADDING, PREFIX
 from mmsae.sources.tokens import Coded, readable, special_tokens
-from mmsae.sources.weights import first_line, needs
+from mmsae.sources.weights import fetched, first_line, needs
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -184,22 +184,7 @@ class TextModel(Source):
             raise MmsaeError(f"transformers cannot build {self.config} ({first_line(error)}).") from error
 
     def _fetched(self, fetch: Any, name: str, what: str, **arguments: Any) -> Any:
-        """Load from a folder, offline, or else from the hub."""
-        folder = Path(name).expanduser()
-        if not folder.is_dir() and (name[:1] in ("/", ".", "~") or name.count("/") > 1):
-            raise MmsaeError(f"there is no folder {name!r} with a {what}; give a folder in the layout of transformers.")
-        try:
-            if folder.is_dir():
-                return fetch(str(folder), local_files_only=True, **arguments)
-            return fetch(name, revision=self.revision or "main", **arguments)
-        except Exception as error:  # OSError, ValueError, safetensors' own … the libraries agree on no type
-            why = first_line(error)
-            if folder.is_dir():
-                raise MmsaeError(f"the folder {name!r} holds no {what} that transformers can load ({why}).") from error
-            raise MmsaeError(
-                f"the {what} {name!r} is neither a local folder nor can it be fetched from the hub ({why}); give the "
-                "path of a downloaded folder."
-            ) from error
+        return fetched(fetch, name, what, self.revision, **arguments)
 
 
 class CausalLM(TextModel):

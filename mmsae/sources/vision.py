@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from mmsae.errors import MmsaeError, nearest
+from mmsae.sources.arrays import ArrayInput, example_arrays
 from mmsae.sources.image import ImageSource, Task
 from mmsae.sources.items import example_images
 from mmsae.sources.weights import existing_file, first_line, load_weights, needs
@@ -40,8 +41,11 @@ class _NamedModel(ImageSource):
         self.side = 0
 
     def example_items(self) -> list[dict[str, Any]]:
-        """Plain pictures of the model's size."""
-        return (self.model, example_images(self.side))[1]
+        """Plain pictures of the model's size, or arrays where it reads other than three channels."""
+        self.model  # noqa: B018, loading finds the size
+        if self.arrays is not None and self.arrays.n_channels != 3:
+            return example_arrays(self.arrays.n_channels, self.arrays.size)
+        return example_images(self.side)
 
     def describe(self) -> dict[str, Any]:
         """Name and weights."""
@@ -58,9 +62,11 @@ class Timm(_NamedModel):
         pretrained: Download the weights.
         checkpoint: Weight file to load instead.
         image_size: Side in pixels; by default the one the model was made for.
-        config: Further arguments of `timm.create_model`.
+        config: Further arguments of `timm.create_model`, for example `in_chans: 5`.
         channels_last: Feature maps are `[B, H, W, C]`; by default as the model says of itself.
         task: "classification" measures logits against the label `class`.
+        mean: One number per channel, of arrays in 0..1; needed where the model reads other than three channels.
+        std: One number per channel.
         kwargs: `positions`, `drop_special`, `drop_outliers`, `device`: see `Source`.
     """
 
@@ -74,9 +80,18 @@ class Timm(_NamedModel):
         config: dict[str, Any] | None = None,
         channels_last: bool | None = None,
         task: Task | None = None,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(model, hook_points, pretrained, checkpoint, image_size, config, channels_last, task, **kwargs)
+        if (mean is None) != (std is None):
+            raise MmsaeError("give mean and std together, one number per channel each.")
+        self.mean, self.std = mean and list(mean), std and list(std)
+
+    def describe(self) -> dict[str, Any]:
+        """Name, weights, and what arrays are normalised with."""
+        return {**super().describe(), **({"mean": self.mean, "std": self.std} if self.mean else {})}
 
     def load(self) -> nn.Module:
         """`timm.create_model`, the weights, and the model's own preprocessing."""
@@ -105,6 +120,9 @@ class Timm(_NamedModel):
         built_for = getattr(getattr(model, "patch_embed", None), "img_size", None)
         height, width = (self.image_size,) * 2 if self.image_size else built_for or data["input_size"][1:]
         data["input_size"] = (data["input_size"][0], height, width)
+        self.arrays = self._read_arrays(model, (height, width), data)
+        if self.arrays.n_channels == 3:
+            data |= {"mean": self.mean or data["mean"], "std": self.std or data["std"]}
         self.transform = timm.data.create_transform(**data, is_training=False)
         self.side = max(height, width)
         self.prefix = getattr(model, "num_prefix_tokens", 0) or 0
@@ -113,6 +131,15 @@ class Timm(_NamedModel):
         last = str(getattr(model, "output_fmt", "")) in ("NHWC", "Format.NHWC")
         self.channels_last = last if self.maps_last is None else self.maps_last
         return model
+
+    def _read_arrays(self, model: nn.Module, size: tuple[int, int], data: dict[str, Any]) -> ArrayInput:
+        n_channels = next((m.in_channels for m in model.modules() if isinstance(m, nn.Conv2d)), 3)
+        mean, std = self.mean or data["mean"], self.std or data["std"]
+        if len(mean) != n_channels:
+            raise MmsaeError(
+                f"{self.name!r} reads {n_channels} channels but mean has {len(mean)} numbers; give mean and std."
+            )
+        return ArrayInput(size, mean, std)
 
     def _load_checkpoint(self, timm: Any, model: nn.Module) -> None:
         try:
@@ -176,8 +203,11 @@ class Torchvision(_NamedModel):
             load_weights(model, self.checkpoint)
 
         size = {"crop_size": self.image_size, "resize_size": self.image_size} if self.image_size else {}
-        self.transform = trained.transforms(**size)
-        self.side = self.image_size or trained.transforms.keywords["crop_size"]
+        transform: Any = trained.transforms(**size)
+        self.transform = transform
+        side = self.image_size or trained.transforms.keywords["crop_size"]
+        self.arrays = ArrayInput((side, side), transform.mean, transform.std)
+        self.side = side
         self.prefix = 1 if hasattr(model, "class_token") else 0
         self.channels_last = type(model).__name__ == "SwinTransformer" if self.maps_last is None else self.maps_last
         return model

@@ -22,7 +22,7 @@ def needs(module: str, user: str, extra: str) -> Any:
     """
     try:
         return importlib.import_module(module)
-    except ImportError as error:
+    except (ImportError, RuntimeError, OSError) as error:  # also what two libraries say that do not fit each other
         raise MmsaeError(f"{user} needs {module}: pip install 'mmsae[{extra}]' ({error}).") from error
 
 
@@ -92,3 +92,31 @@ def fitting(model: nn.Module, state: dict[str, Tensor], path: str | Path) -> Non
         said = ", ".join(f"{verb} {name!r}{more}" for verb, name, more in found)
         raise MmsaeError(f"{str(path)!r} holds weights of another model than {type(model).__name__}: it {said}.")
     model.load_state_dict(state)
+
+
+def fetched(fetch: Any, name: str, what: str, revision: str | None = None, **arguments: Any) -> Any:
+    """Call a `from_pretrained` of transformers: with a local folder or miniature, offline, or else with a hub id.
+
+    Args:
+        fetch: The function.
+        name: Local folder, `miniature:NAME`, or id on the Hugging Face hub.
+        what: What is loaded, for the sentence.
+        revision: Branch, tag or commit on the hub.
+        arguments: Further ones of the function.
+    """
+    name = located(name)
+    folder = Path(name).expanduser()
+    if not folder.is_dir() and (name[:1] in ("/", ".", "~") or name.count("/") > 1):
+        raise MmsaeError(f"there is no folder {name!r} with a {what}; give a folder in the layout of transformers.")
+    try:
+        if folder.is_dir():
+            return fetch(str(folder), local_files_only=True, **arguments)
+        return fetch(name, revision=revision or "main", **arguments)
+    except Exception as error:  # OSError, ValueError, safetensors' own … the libraries agree on no type
+        why = first_line(error)
+        if folder.is_dir():
+            raise MmsaeError(f"the folder {name!r} holds no {what} that transformers can load ({why}).") from error
+        raise MmsaeError(
+            f"the {what} {name!r} is neither a local folder nor can it be fetched from the hub ({why}); give the path "
+            "of a downloaded folder."
+        ) from error

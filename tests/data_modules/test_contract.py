@@ -1,15 +1,43 @@
 """What every datamodule promises; a new one fails here until it has a case."""
 
+import json
+
 import numpy as np
 import pytest
+import recordings
 import torch
 from PIL import Image
 from tiny import Vectors, identity_model, planted, vectors_source, write_store
+from towers import CLAP_CONFIG, fashion, tone
+from words import dialogue, save_llama, word_tokenizer
 
-from datamodules import ActivationDataModule, ImageFolder, Scenes, Stored, TextFiles
+from datamodules import (
+    ActivationDataModule,
+    AudioFolder,
+    Conversations,
+    Dialogues,
+    E4Sessions,
+    EDFRecordings,
+    HuggingFaceText,
+    ImageFolder,
+    ImageText,
+    Prompts,
+    ScenePrompts,
+    SceneQuestions,
+    Scenes,
+    ScienceImages,
+    SignalArrays,
+    SimulatedECGs,
+    Sounds,
+    Stored,
+    Stories,
+    TextFiles,
+    TorchvisionData,
+    WFDBRecords,
+)  # fmt: skip
 from datamodules.base import SPLITS
 from mmsae.errors import MmsaeError
-from mmsae.sources import Custom
+from mmsae.sources import CLAP, CausalLM, Custom
 from mmsae.subclasses import subclasses
 
 
@@ -21,13 +49,74 @@ def pictures(folder, n=20):
     return str(folder)
 
 
+def arrays(folder, n=20):
+    for i in range(n):
+        np.save(folder / f"{i:02d}.npy", np.random.default_rng(i).integers(0, 60000, (8, 8), dtype=np.uint16))
+    return str(folder)
+
+
 def texts(folder, n=20):
     (folder / "a.txt").write_text("\n\n".join(f"document number {i}" for i in range(n)))
     return str(folder)
 
 
+def prompts(folder, n=20):
+    (folder / "prompts.txt").write_text("\n".join(f"picture number {i}" for i in range(n)))
+    return str(folder / "prompts.txt")
+
+
+def dialogues(folder, n=20):
+    rows = [json.dumps({"messages": dialogue(f"the cat {i}", "sat on a mat")}) for i in range(n)]
+    (folder / "a.jsonl").write_text("\n".join(rows))
+    return str(folder / "a.jsonl")
+
+
+def rows_on_disk(folder, n=20):
+    datasets = pytest.importorskip("datasets")
+    if not (folder / "rows").exists():
+        datasets.Dataset.from_dict({"text": [f"row number {i}" for i in range(n)]}).save_to_disk(folder / "rows")
+    return str(folder / "rows")
+
+
+def sounds(folder, n=20):
+    soundfile = pytest.importorskip("soundfile")
+    for i in range(n):
+        path = folder / ("bell" if i % 2 else "horn") / f"{i:02d}.wav"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(path, tone(200 + 20 * i, 0.1), 16_000)
+    return str(folder)
+
+
+def captions(folder, n=20):
+    pictures(folder, n)
+    paths = sorted(folder.rglob("*.png"))
+    rows = [f"{path},picture {i}" for i, path in enumerate(paths)]
+    (folder / "captions.csv").write_text("\n".join(["file,text", *rows]))
+    return str(folder / "captions.csv")
+
+
+def conversations(folder, n=20):
+    pictures(folder, n)
+    turns = [{"from": "human", "value": "<image>\nwhat is it?"}, {"from": "gpt", "value": "a cat"}]
+    rows = [json.dumps({"image": str(path), "conversations": turns}) for path in sorted(folder.rglob("*.png"))]
+    (folder / "talks.jsonl").write_text("\n".join(rows))
+    return str(folder / "talks.jsonl")
+
+
+def chat_source(folder):
+    return CausalLM(save_llama(folder / "model", word_tokenizer()), ["model.layers.0"], device="cpu")
+
+
+def sound_source():
+    return CLAP("none", ["audio_projection"], config=CLAP_CONFIG, device="cpu")
+
+
 def image_source(side):
     return Custom(identity_model, ["0"], input_shape=[3, side, side], device="cpu")
+
+
+def array_source(side):
+    return Custom(identity_model, ["0"], inputs="array", input_shape=[3, side, side], device="cpu")
 
 
 def text_source():
@@ -38,9 +127,50 @@ def text_source():
     return source
 
 
+def edfs(folder):
+    pytest.importorskip("mne")
+    return str(recordings.write_edfs(folder, n=5))
+
+
+def sessions(folder):
+    for i in range(4):
+        if not (folder / f"S{i}").exists():
+            recordings.write_e4(folder / f"S{i}", seconds=80, warm=33.0 + i)
+    return str(folder)
+
+
+def signal_arrays(folder):
+    values = np.random.default_rng(0).normal(size=(12, 3, 200))
+    np.savez(folder / "signals.npz", signals=values, sex=np.array(["f", "m"] * 6))
+    return str(folder / "signals.npz")
+
+
 CASES = {
     "ImageFolder": lambda tmp, **a: ImageFolder(pictures(tmp), source=image_source(8), **a),
     "Scenes": lambda tmp, **a: Scenes(n_train=12, n_val=5, n_test=5, source=image_source(64), **a),
+    "ScienceImages": lambda tmp, **a: ScienceImages(arrays(tmp), source=array_source(8), channels=[0, 0, 0], **a),
+    "Dialogues": lambda tmp, **a: Dialogues(dialogues(tmp), source=chat_source(tmp), **a),
+    "HuggingFaceText": lambda tmp, **a: HuggingFaceText(rows_on_disk(tmp), source=text_source(), **a),
+    "AudioFolder": lambda tmp, **a: AudioFolder(sounds(tmp), source=sound_source(), **a),
+    "ImageText": lambda tmp, **a: ImageText(captions(tmp), source=image_source(8), **a),
+    "Sounds": lambda tmp, **a: Sounds(n_train=12, n_val=5, n_test=5, source=sound_source(), **a),
+    "TorchvisionData": lambda tmp, **a: TorchvisionData("FashionMNIST", fashion(tmp), source=image_source(28), **a),
+    "Conversations": lambda tmp, **a: Conversations(conversations(tmp), source=image_source(8), **a),
+    "SceneQuestions": lambda tmp, **a: SceneQuestions(n_train=12, n_val=5, n_test=5, source=image_source(64), **a),
+    "Stories": lambda tmp, **a: Stories(n_train=12, n_val=5, n_test=5, source=text_source(), **a),
+    "SimulatedECGs": lambda tmp, **a: SimulatedECGs(n_train=12, n_val=5, n_test=5, source=recordings.source(12), **a),
+    "WFDBRecords": lambda tmp, **a: WFDBRecords(
+        str(recordings.write_wfdb(tmp, n=5)), source=recordings.source(12), window_s=2, labels=["Sex"], **a
+    ),
+    "EDFRecordings": lambda tmp, **a: EDFRecordings(edfs(tmp), source=recordings.source(3), window_s=1, **a),
+    "E4Sessions": lambda tmp, **a: E4Sessions(
+        sessions(tmp), labels_file="labels.csv", window_s=64, source=recordings.source(6), **a
+    ),
+    "SignalArrays": lambda tmp, **a: SignalArrays(
+        signal_arrays(tmp), 100, labels=["sex"], source=recordings.source(3), window_s=1, **a
+    ),
+    "Prompts": lambda tmp, **a: Prompts(prompts(tmp), source=text_source(), **a),
+    "ScenePrompts": lambda tmp, **a: ScenePrompts(n_train=12, n_val=5, n_test=5, source=text_source(), **a),
     "Stored": lambda tmp, **a: Stored(store=str(write_store(tmp, planted(300))), **a),
     "TextFiles": lambda tmp, **a: TextFiles(texts(tmp), source=text_source(), **a),
 }
@@ -65,8 +195,9 @@ def data(name, tmp_path):
 
 
 def content(item):
-    return np.asarray(item["image"]).tobytes() if isinstance(item.get("image"), Image.Image) else \
-        item.get("image") or item["text"]  # fmt: skip
+    keys = ("signal", "image", "audio", "text", "messages", "input")
+    held = next(item[key] for key in keys if item.get(key) is not None)
+    return np.asarray(held).tobytes() if isinstance(held, Image.Image | np.ndarray | torch.Tensor) else str(held)
 
 
 def test_splits_never_overlap_and_never_change(data, name, tmp_path):
@@ -116,12 +247,10 @@ def test_labels_are_indices_into_the_factors(data):
 
 def test_items_can_be_shown(data):
     if data.has_items:
-        assert data.render(data.items("test")[0])["kind"] in ("image", "text")
+        assert data.render(data.items("test")[0])["kind"] in ("image", "text", "audio", "signal")
 
 
 def test_identity_is_json_and_differs_by_split(data):
-    import json
-
     if not data.has_items:
         return
     train, val = data.identity("train"), data.identity("val")
@@ -131,7 +260,13 @@ def test_identity_is_json_and_differs_by_split(data):
 
 def test_neither_model_nor_store_is_told(name, tmp_path):
     CASES[name](tmp_path)
-    made = {"ImageFolder": {"root": str(tmp_path)}, "TextFiles": {"path": str(tmp_path)}}.get(name, {})
+    files = ("TextFiles", "Dialogues", "HuggingFaceText", "ImageText", "Conversations")
+    by_path = {key: {"path": str(tmp_path)} for key in files}
+    by_root = {key: {"root": str(tmp_path)} for key in ("ImageFolder", "AudioFolder", "ScienceImages")}
+    by_root |= {key: {"root": str(tmp_path)} for key in ("WFDBRecords", "EDFRecordings", "E4Sessions")}
+    by_path["Prompts"] = {"path": str(tmp_path / "prompts.txt")}
+    by_path["SignalArrays"] = {"path": str(tmp_path), "array_rate": 100}
+    made = {**by_root, **by_path, "TorchvisionData": {"name": "FashionMNIST"}}.get(name, {})
     with pytest.raises(MmsaeError, match=rf"{name} needs activations: give --data\.source .* or --data\.store"):
         ours()[name](**made)
 

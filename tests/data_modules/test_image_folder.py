@@ -9,7 +9,7 @@ from tiny import identity_model
 from datamodules import ImageFolder
 from datamodules.splits import cut
 from mmsae.errors import MmsaeError
-from mmsae.sources import Custom
+from mmsae.sources import Custom, Timm
 
 
 def draw(path, value=0):
@@ -99,3 +99,27 @@ def test_what_cannot_be_cut_is_told():
         cut(100, "train", 0.6, 0.6, 0)
     with pytest.raises(MmsaeError, match="2 examples cannot be cut into train, val and test"):
         cut(2, "train", 0.1, 0.1, 0)
+
+
+def test_masks_are_found_by_name_and_become_labels_of_patches(tmp_path):
+    pictures, masks = tmp_path / "pictures", tmp_path / "pictures" / "masks"
+    for i in range(10):
+        draw(pictures / "a" / f"{i}.jpg", 20 * i)
+        (masks / "a").mkdir(parents=True, exist_ok=True)
+        mask = np.zeros((8, 8), np.uint8)
+        mask[:, 4:] = 1
+        Image.fromarray(mask).save(masks / "a" / f"{i}.png")
+    source = Timm("vit_tiny_patch16_224", ["blocks.0"], config={"depth": 1}, device="cpu")
+    data = ImageFolder(str(pictures), masks=str(masks), mask_names=["left", "right"], source=source)
+    assert sum(len(data.items(split)) for split in ("train", "val", "test")) == 10  # masks are no pictures
+    assert data.factors == {"mask": ("left", "right")}
+    (batch,) = data.rows("val")
+    assert batch["label.mask"][1:].tolist() == ([0] * 7 + [1] * 7) * 14
+    assert data.render(data.items("val")[0])["labels"] == {0: "left", 1: "right"}
+    (masks / "a" / "3.png").unlink()
+    with pytest.raises(MmsaeError, match=r"the picture '.*3.jpg' and 0 more have no mask in"):
+        ImageFolder(str(pictures), masks=str(masks), source=source)
+    with pytest.raises(MmsaeError, match=r"data\.masks=.*none is no folder"):
+        ImageFolder(str(pictures), masks=str(tmp_path / "none"), source=source)
+    with pytest.raises(MmsaeError, match="give the folder of the masks too"):
+        ImageFolder(str(pictures), mask_names=["left"], source=source)

@@ -47,7 +47,7 @@ class Signals(Dataset):
 def data(n=400, **arguments):
     source = Custom(
         Head, ["body"], modality="signal", input_shape=[3, 8], device="cpu", positions=arguments.pop("positions", "all")
-    )  # noqa: E501
+    )
     made = ActivationDataModule(source=source, **{"batch_size": 50, "whole_examples": True, **arguments})
     made.items = lambda split: Signals(n, ("train", "val", "test").index(split))
     return made
@@ -152,6 +152,6 @@ def test_half_of_what_is_needed_is_refused():
     with pytest.raises(MmsaeError, match=r"give --data\.source"):
         ActivationDataModule(store="somewhere", whole_examples=True)
     other = module(core=TopK({"0": D}, 16, k=3))
+    made = live(whole_examples=True)
     with pytest.raises(MmsaeError, match="knows no loss"):
-        made = live(whole_examples=True)
         trainer().fit(other, made)

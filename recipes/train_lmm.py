@@ -1,4 +1,4 @@
-"""Train the miniature multimodal model that ships with the package, in about 25 minutes on one CPU core.
+"""Train the miniature multimodal model that ships with the package, in about half an hour on one busy CPU core.
 
     python recipes/train_lmm.py --out runs/lmm --threads 1
 

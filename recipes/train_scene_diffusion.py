@@ -43,7 +43,7 @@ from mmsae.miniatures.scene_diffusion import (
 
 def train(
     out: str,
-    steps: int = 2200,
+    steps: int = 1900,
     batch_size: int = 32,
     lr: float = 1e-3,
     n_train: int = 20000,

@@ -105,7 +105,7 @@ class VisionLanguage(TextModel):
     def processor(self) -> Any:
         """What prepares pictures and words, loaded once; no model is needed for it."""
         if self._processor is None:
-            kind = needs("transformers", type(self).__name__, "text").AutoProcessor
+            kind = needs("transformers", type(self).__name__, "lmm").AutoProcessor
             found = self._fetched(kind.from_pretrained, self.tokenizer_name, "processor")
             if not hasattr(found, "image_processor"):
                 raise MmsaeError(f"the processor {self.tokenizer_name!r} reads no pictures; use CausalLM for it.")

@@ -173,7 +173,10 @@ def test_the_siglip_recipe_trains(pictures, tmp_path, monkeypatch):
     main(["fit", "--config", str(RECIPES / "siglip_so400m_matryoshka.yaml"), *own, *SMALL_CORE, *FAST])
 
 
-@pytest.mark.parametrize("name", ["sounds_batchtopk", "scene_pairs_crosscoder", "ecg_jepa_topk"])
+@pytest.mark.parametrize(
+    "name",
+    ["sounds_batchtopk", "scene_pairs_crosscoder", "ecg_jepa_topk", "stories_batchtopk", "scene_questions_batchtopk"],
+)
 def test_the_recipes_of_miniatures_train(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     few = ["--data.init_args.n_train=16", "--data.init_args.n_val=8", "--data.init_args.n_test=8"]
@@ -249,6 +252,6 @@ def test_every_recipe_has_a_case():
     tested = {*CASES, *languages, "sam2_hiera_microscopy_batchtopk", "scenes_extract", "scenes_topk"}
     tested |= {"clap_htsat_batchtopk", "siglip_so400m_matryoshka", "sounds_batchtopk", "scene_pairs_crosscoder"}
     tested |= {"llava_1_5_7b_topk", "qwen2_5_vl_3b_batchtopk"}
-    tested |= {"ecg_jepa_topk", "eeg_motor_imagery_batchtopk"}
+    tested |= {"ecg_jepa_topk", "eeg_motor_imagery_batchtopk", "stories_batchtopk", "scene_questions_batchtopk"}
     tested |= {"sdxl_turbo_down_2_1_topk", "sd_1_5_up_1_1_batchtopk", "scene_diffusion_batchtopk"}
     assert {path.stem for path in RECIPES.glob("*.yaml")} == tested

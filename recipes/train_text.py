@@ -323,6 +323,8 @@ def earlier(kind: Any, folder: str, recipe: dict[str, Any]) -> Any:
 def told(folder: Path, measured: dict[str, float], on: dict[str, int]) -> None:
     """Add the figures to `config.json`."""
     config = json.loads((folder / "config.json").read_text())
+    for part in (config, config.get("text_config", {})):
+        part.pop("_name_or_path", None)  # of the machine that trained it
     config["measured"] = {name: round(value, 4) for name, value in measured.items()}
     write(folder / "config.json", config | {"measured_on": on})
 

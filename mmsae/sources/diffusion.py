@@ -233,13 +233,14 @@ class Diffusion(Pipeline):
             if self._wanted:
                 found = reading.enter_context(capture(model, self.points, stop=stop and self._last))
 
-        self._listener = listen
-        try:
-            with _ONE_AT_A_TIME, torch.no_grad(), ExitStack() as reading:
-                output = self.forward(batch)
-            finish()
-        finally:
-            self._listener = None
+        with _ONE_AT_A_TIME, torch.no_grad():  # the listener too: chunks are read ahead in another thread
+            self._listener = listen
+            try:
+                with ExitStack() as reading:
+                    output = self.forward(batch)
+                finish()
+            finally:
+                self._listener = None
         if not rows:
             raise MmsaeError(f"{type(self.pipe).__name__} ran no step that is read.")
         return _joined(rows), output

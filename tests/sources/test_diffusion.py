@@ -3,6 +3,7 @@ import pytest
 import torch
 from PIL import Image
 from tiny_diffusion import KINDS, items_for, save_pipeline
+from torch.testing import assert_close
 
 from mmsae.errors import MmsaeError
 from mmsae.hooks import edit
@@ -290,3 +291,17 @@ def test_what_cannot_be_loaded_is_named(tmp_path, folders):
     with pytest.raises(MmsaeError, match=r"item 4 has no 'class_label'"):
         source_of(folders, "dit").collate([{"sample_id": 4, "text": "unicorn"}])
     assert source_of(folders, "dit").collate([{"sample_id": 4, "text": "hound"}])["class_label"].tolist() == [1]
+
+
+def test_two_threads_read_at_once():
+    """A chunk is read ahead while validation reads too."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    source = Diffusion("miniature:diffusion", ["unet.mid_block.attentions.0:delta"], steps=3, device="cpu")
+    items = [{"text": "a red two", "sample_id": i} for i in range(2)]
+    want = source.read(source.collate(items))
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda _: source.read(source.collate(items)), range(4)))
+    for rows in found:
+        assert torch.equal(rows["timestep"], want["timestep"])
+        assert_close(rows["acts"], want["acts"])

@@ -13,7 +13,7 @@ demo: $(VENV)/.demo
 	$(BIN)/mmsae report --run runs/demo
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow" --cov=mmsae --cov-report=term:skip-covered --cov-fail-under=85
+	$(BIN)/python -m pytest -m "not slow" -n 2 --cov=mmsae --cov-report=term:skip-covered --cov-fail-under=85
 
 slow: $(VENV)/.test
 	$(BIN)/python -m pytest -m slow

@@ -39,10 +39,11 @@ NOISE = (
 
 
 def quiet() -> None:
-    """Leave out messages of Lightning that a user can do nothing about."""
+    """Leave out messages of libraries that a user can do nothing about."""
     for pattern in NOISE:
         warnings.filterwarnings("ignore", message=pattern)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # else it asks for accelerate at every start
     logging.getLogger().addFilter(_worth_reading)
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)

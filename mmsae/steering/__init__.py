@@ -1,0 +1,1 @@
+"""Changes to what a model computes, by the latents of a dictionary."""

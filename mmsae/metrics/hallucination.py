@@ -151,4 +151,6 @@ def _text(path: str | Path) -> str:
     try:
         return Path(path).read_text()
     except OSError as error:
-        raise MmsaeError(f"{path} cannot be read ({error.strerror}): give a file of POPE, one JSON object a line.") from error
+        raise MmsaeError(
+            f"{path} cannot be read ({error.strerror}): give a file of POPE, one JSON object a line."
+        ) from error

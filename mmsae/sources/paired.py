@@ -12,6 +12,7 @@ from torch.nn.functional import normalize
 
 from mmsae.errors import MmsaeError
 from mmsae.sources.base import _ONE_AT_A_TIME, MODALITIES, Source, _finite, fingerprint
+from mmsae.sources.items import text_of
 from mmsae.sources.two_towers import TwoTowers
 from mmsae.spec import ACTS, Batch
 
@@ -115,6 +116,12 @@ class PairedEmbeddings(Source):
     def render(self, item: dict[str, Any]) -> dict[str, Any]:
         """The picture or sound, with its caption."""
         return self.inner.with_tower(self.names[0]).render(item)
+
+    def render_stream(self, item: dict[str, Any], stream: str) -> dict[str, Any]:
+        """The picture or sound; or the caption as it was written, not as it is tokenized."""
+        if stream == "text":
+            return {"kind": "text", "tokens": [text_of(item)]}
+        return self.inner.with_tower(stream).render(item)
 
     def example_items(self) -> list[dict[str, Any]]:
         """Those of the inner source."""

@@ -119,7 +119,9 @@ class SecondPass(ABC):
         self.inputs = dict(kwargs)
         cache = self.cache
         if cache is not None and type(cache).__name__ != "DynamicCache":
-            raise MmsaeError(f"a second pass cannot go back in a {type(cache).__name__}: generate with use_cache=False.")
+            raise MmsaeError(
+                f"a second pass cannot go back in a {type(cache).__name__}: generate with use_cache=False."
+            )
         self._before = 0 if cache is None else cache.get_seq_length()
 
 
@@ -150,5 +152,7 @@ class NoisedContrast(SecondPass):
             raise MmsaeError("NoisedContrast needs the picture at every step: generate with use_cache=False.")
         noise = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(self.seed)).to(pixels)
         noised = (1 - self.noise) ** 0.5 * pixels + self.noise**0.5 * noise
-        shapes = {n: v for n, v in self.prompt.items() if n not in self.inputs and n not in ("attention_mask", "pixel_values")}
+        shapes = {
+            n: v for n, v in self.prompt.items() if n not in self.inputs and n not in ("attention_mask", "pixel_values")
+        }
         return self.again(("mm_encoder_outputs",), **shapes, pixel_values=noised)

@@ -20,8 +20,8 @@ from mmsae.results import Result
 class TopExamples(Analysis):
     """The strongest examples of each latent, shown where it fires, with a histogram and the best-matching factor.
 
-    Where each stream of a pair has a code of its own, the strongest examples of every stream stand side by side: concept
-    sets, such as the pictures and the captions of one latent.
+    Where each stream of a pair has a code of its own, the strongest examples of every stream stand side by side:
+    concept sets, such as the pictures and the captions of one latent.
 
     Args:
         split: Where examples come from.

@@ -40,7 +40,7 @@ class Polling(NamedTuple):
 def says_yes(answer: str) -> bool:
     """POPE's reading of an answer: its first sentence is a "yes" unless it holds the word "no" or "not".
 
-    So an evasive answer counts as "yes", as in the paper's script; only capitals and punctuation are treated more kindly.
+    So an evasive answer counts as "yes", as in the paper's script; only capitals and punctuation do not matter.
     """
     return NOT.isdisjoint(re.findall(r"[a-z']+", answer.split(".")[0].lower()))
 

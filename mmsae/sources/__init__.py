@@ -19,6 +19,6 @@ from mmsae.sources.vision_encoder import VisionEncoder
 
 __all__ = [
     "CLAP", "HFCLIP", "MODALITIES", "CausalLM", "Custom", "Diffusion", "ImageSource", "OpenCLIP", "PairedEmbeddings",
-    "PooledModalities", "Positions", "SceneCLIP", "Signal", "Source", "TextEncoder", "Timm", "Torchvision", "VisionEncoder",
-    "VisionLanguage",
+    "PooledModalities", "Positions", "SceneCLIP", "Signal", "Source", "TextEncoder", "Timm", "Torchvision",
+    "VisionEncoder", "VisionLanguage",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Both modalities of a multimodal model at once: one row per sample, the mean of its picture's tokens and of its words."""
+"""Both modalities of a multimodal model at once: a row per sample, the means of its picture's tokens and its words."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ class PooledModalities(Source):
 
     def run(self, batch: dict[str, Any], also: Sequence[str] = ()) -> tuple[Batch, Any, dict[str, Tensor]]:
         """Rows, what `forward` returned, and the tensors at the further points."""
-        points = [*self.points, *also]
+        points: list[HookPoint | str] = [*self.points, *also]
         with _ONE_AT_A_TIME, torch.no_grad(), capture(self.model, points, stop=False) as captured:
             output = self.forward(batch)
         further = {name: tensor for name, tensor in captured.items() if name != self.point}
@@ -187,7 +187,7 @@ class PooledModalities(Source):
         sample_id = batch["sample_id"].to(x.device)
         _finite(rows, sample_id)
         nowhere = torch.full_like(sample_id, -1)
-        where = {name: nowhere for name in ("position", "row", "column")}
+        where = dict.fromkeys(("position", "row", "column"), nowhere)
         kinds = {"kind": torch.zeros_like(sample_id), "modality": torch.full_like(sample_id, MODALITIES[self.modality])}
         columns = {name: values.to(x.device) for name, values in batch["columns"].items()}
         return {ACTS: rows, "sample_id": sample_id, **where, **kinds, **columns}

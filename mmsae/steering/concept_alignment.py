@@ -25,9 +25,9 @@ class ConceptAlignment(SecondPass):
             source.model.generate(**inputs, logits_processor=[corrected], do_sample=False)
 
     At the hook point the mean of the image tokens f_v and the mean of the words so far f_t are encoded; with
-    h' = (1 - beta) h_t + beta h_v and its decoding f', the second pass adds alpha (f' - f_t) to every position after the
-    picture. Its logits get the weight c; tokens implausible in the first pass are ruled out (arXiv 2510.21323; POPE with
-    the defaults, captions with alpha 0.7; published code generates without cache).
+    h' = (1 - beta) h_t + beta h_v and its decoding f', the second pass adds alpha (f' - f_t) to every position after
+    the picture. Its logits get the weight c; tokens implausible in the first pass are ruled out (arXiv 2510.21323; POPE
+    with the defaults, captions with alpha 0.7; published code generates without cache).
 
     Args:
         source: The model and the hook point, with the means that the dictionary was trained on.
@@ -52,7 +52,8 @@ class ConceptAlignment(SecondPass):
         super().__init__(source.model, checked("c", c, 0, 1), b)
         if list(core.outputs) != list(STREAMS) or not hasattr(core, "encode_stream"):
             raise MmsaeError(
-                f"{type(core).__name__} has no code for each of {' and '.join(STREAMS)}: train VLSAE on PooledModalities."
+                f"{type(core).__name__} has no code for each of {' and '.join(STREAMS)}: train VLSAE on "
+                "PooledModalities."
             )
         self.source, self.core = source, core.to(source.placed).eval()
         self.alpha, self.beta = checked("alpha", alpha, 0, 1), checked("beta", beta, 0, 1)

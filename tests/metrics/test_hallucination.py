@@ -53,10 +53,10 @@ def test_files_of_pope_are_read(tmp_path):
     assert first == ("COCO_val2014_000000548882.jpg", "Is there a dining table in the image?", True)
     assert not second.present
     path.write_text('{"image": "a.jpg", "text": "?", "label": "maybe"}')
-    with pytest.raises(MmsaeError, match="line 1 .* label 'maybe'"):
+    with pytest.raises(MmsaeError, match=r"line 1 .* label 'maybe'"):
         read_polling(path)
     path.write_text('{"image": "a.jpg"}')
-    with pytest.raises(MmsaeError, match="line 1 .*is no question of POPE"):
+    with pytest.raises(MmsaeError, match=r"line 1 .*is no question of POPE"):
         read_polling(path)
     with pytest.raises(MmsaeError, match="cannot be read"):
         read_polling(tmp_path / "none.json")

@@ -152,6 +152,10 @@ class ActivationDataModule(L.LightningDataModule):
             return self.source.render_stream(item, stream)
         return {"kind": "text", "tokens": [str(item.get("text", ""))]} if stream == "text" else self.render(item)
 
+    def stated(self, split: Split) -> dict[str, np.ndarray]:
+        """Factor to whether the text of each example says it, bool by `sample_id`; factors left out are said always."""
+        return {}
+
     def rows(self, split: Split, rank: int = 0, world_size: int = 1, skip: int = 0) -> Rows:
         """Activation rows of a split in order, with all metadata; of one rank, without its first `skip` batches."""
         return Rows(self, split, rank, world_size, skip)

@@ -24,7 +24,7 @@ from mmsae.sources import CLAP, PairedEmbeddings, SceneCLIP
 from mmsae.spec import ACTS
 
 SPLITS = ("train", "val", "test")
-SIZES = {"scenes": (6000, 1000, 1000), "sounds": (5000, 1000, 1000)}
+SIZES = {"scenes": (4000, 800, 800), "sounds": (3000, 800, 800)}
 STREAMS = {"scenes": ("image", "text"), "sounds": ("audio", "text")}
 
 

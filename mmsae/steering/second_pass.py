@@ -21,8 +21,8 @@ class SecondPass(ABC):
             model.generate(**inputs, logits_processor=[processor], do_sample=False)
 
     With `use_cache=True` a step has one new token, and the second pass sees the keys and values that the first pass
-    left for earlier ones; with `use_cache=False` the whole sequence runs again, and what the second pass changes, it changes
-    everywhere. Beam search is refused: it reorders what is remembered between steps.
+    left for earlier ones; with `use_cache=False` the whole sequence runs again, and what the second pass changes, it
+    changes everywhere. Beam search is refused: it reorders what is remembered between steps.
 
     Args:
         model: The model that generates.

@@ -2,10 +2,10 @@
 
     python recipes/compare_cross_modal.py --out runs/compare_cross_modal --seeds 0 1 2
 
-Scenes with captions and sounds with captions, through the miniature CLIP and CLAP. Group-sparse autoencoders, VL-SAE and
-its baselines, TopK, BatchTopK and Matryoshka on the union of both streams, a TopK for each stream with latents matched
-afterwards, and group-sparse autoencoders trained on shuffled pairs. Interrupt it at will: the same command goes on with
-what is missing.
+Scenes with captions and sounds with captions, through the miniature CLIP and CLAP. Group-sparse autoencoders, VL-SAE
+and its baselines, TopK, BatchTopK and Matryoshka on the union of both streams, a TopK for each stream with latents
+matched afterwards, and group-sparse autoencoders trained on shuffled pairs. Interrupt it at will: the same command goes
+on with what is missing.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from paired_worlds import Pairs as World
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from mmsae.analyses.cross_modal import dense_numbers, measure, random_coder
+from mmsae.analyses.cross_modal_measures import dense_numbers, measure, random_coder
 from mmsae.analyses.pairs import Pairs
 from mmsae.analyses.per_stream import Matched, StreamCoder, Union
 from mmsae.cores import VLSAE, BatchTopK, GroupSparse, Matryoshka, SAECore, TopK
@@ -152,7 +152,7 @@ def train(contender: Contender, world: World, settings: Settings, seed: int) -> 
 
 
 def scaled(acts: Acts) -> Acts:
-    """Embeddings as they are projected, each stream divided by the mean norm of both, so that one step size suits all."""
+    """Embeddings as they are projected, divided by the mean norm of all, so that one step size suits all."""
     norm = torch.cat([x.norm(dim=-1) for x in acts.values()]).mean()
     return {name: x / norm for name, x in acts.items()}
 
@@ -200,7 +200,9 @@ def compare(worlds: list[str], names: list[str], seeds: list[int], settings: Set
             found = run(job, settings, out / "data")
             held[job.key] = {name: float(v) for name, v in found.items() if math.isfinite(v)}
             write_atomic(path, json.dumps({"settings": settings._asdict(), "results": held}, indent=1).encode())
-            print(f"{job.key}: " + ", ".join(f"{k} {v:.3f}" for k, v in held[job.key].items() if k in SHOWN), flush=True)
+            print(
+                f"{job.key}: " + ", ".join(f"{k} {v:.3f}" for k, v in held[job.key].items() if k in SHOWN), flush=True
+            )
     return Results({job: held[job.key] for job in jobs})
 
 

@@ -184,14 +184,14 @@ def write(
 ) -> None:
     """`table.md` and `table.json`."""
     head = (
-        f"{settings['d_latent']} latents, k {settings['k']}, {settings['steps']} steps of {settings['batch_size']} pairs, "
-        f"learning rate {settings['lr']:g}; means over seeds {', '.join(map(str, seeds))}.\n\n"
+        f"{settings['d_latent']} latents, k {settings['k']}, {settings['steps']} steps of {settings['batch_size']} "
+        f"pairs, learning rate {settings['lr']:g}; means over seeds {', '.join(map(str, seeds))}.\n\n"
     )
     write_atomic(out / "table.md", (head + markdown(results, names, worlds, judged)).encode())
-    rows = {
-        world: {name: {m: results.values(world, name, m) for m in COLUMNS} for name in names} for world in worlds
-    }
-    write_atomic(out / "table.json", json.dumps({"settings": settings, "seeds": seeds, "rows": rows}, indent=1).encode())
+    rows = {world: {name: {m: results.values(world, name, m) for m in COLUMNS} for name in names} for world in worlds}
+    write_atomic(
+        out / "table.json", json.dumps({"settings": settings, "seeds": seeds, "rows": rows}, indent=1).encode()
+    )
 
 
 def show(results: Results, names: list[str], worlds: list[str], judged: list[Verdict]) -> None:

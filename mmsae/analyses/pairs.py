@@ -14,7 +14,6 @@ from mmsae.errors import MmsaeError
 from mmsae.sources import MODALITIES
 from mmsae.spec import ACTS, Batch, in_float32
 
-
 Block = tuple[str, Tensor, Tensor, Tensor, dict[str, Tensor]]
 
 
@@ -87,11 +86,12 @@ def pairs_of(core: SAECore, data: Any, split: str, limit: int) -> Pairs:
 
 def _rows(batches: Iterable[Batch], streams: list[str] | None, limit: int) -> list[Block]:
     """Stream, activations, pair ids, sample ids and labels, a block of rows of one stream each."""
-    found, n = [], 0
+    found: list[Block] = []
+    n = 0
     named = {value: name for name, value in MODALITIES.items()}
     for batch in map(in_float32, batches):
         labels = {key.removeprefix("label."): v for key, v in batch.items() if key.startswith("label.")}
-        pair = batch.get("pair_id", batch["sample_id"])
+        pair: Tensor = batch["pair_id"] if "pair_id" in batch else batch["sample_id"]
         if streams is not None:
             for name in streams:
                 found.append((name, batch[ACTS][name], pair, batch["sample_id"], labels))

@@ -1,4 +1,4 @@
-"""A code for each stream of pairs, whatever the dictionary: one look at cores that know streams and cores that do not."""
+"""A code for each stream of pairs, whatever the dictionary: cores that know streams, and cores that do not."""
 
 from __future__ import annotations
 

@@ -67,9 +67,9 @@ class Contender(NamedTuple):
     unit: bool = True
 
 
-def group(masked: float) -> Callable[[ActivationSpec, Settings], SAECore]:
-    """GSAE, or MGSAE with this probability."""
-    return lambda spec, s: GroupSparse(spec, s.d_latent, s.k, s.group, masked)
+def group(masked: float, price: float | None = None) -> Callable[[ActivationSpec, Settings], SAECore]:
+    """GSAE, or MGSAE with this probability, at the price of the settings or another."""
+    return lambda spec, s: GroupSparse(spec, s.d_latent, s.k, s.group if price is None else price, masked)
 
 
 def vl(encoder: Any = "distance", shared_encoder: bool = True, shared_decoder: bool = False) -> Any:
@@ -84,7 +84,8 @@ def plain(cls: type[SAECore], **arguments: Any) -> Any:
 
 CONTENDERS: dict[str, Contender] = {
     "GSAE": Contender(group(0.0), "pairs"),
-    "MGSAE": Contender(group(0.2), "pairs"),
+    "GSAE, price .05": Contender(group(0.0, 0.05), "pairs"),
+    "MGSAE, price .05": Contender(group(0.2, 0.05), "pairs"),
     "VLSAE": Contender(vl(), "pairs", unit=False),
     "SAE-S": Contender(vl("linear", shared_decoder=True), "pairs", unit=False),
     "SAE-D": Contender(vl("linear", shared_encoder=False), "pairs", unit=False),
@@ -94,7 +95,7 @@ CONTENDERS: dict[str, Contender] = {
     "Matryoshka": Contender(plain(Matryoshka), "union"),
     "TopK per stream, matched": Contender(plain(TopK), "apart"),
     "GSAE, shuffled pairs": Contender(group(0.0), "shuffled"),
-    "MGSAE, shuffled pairs": Contender(group(0.2), "shuffled"),
+    "GSAE, price .05, shuffled pairs": Contender(group(0.0, 0.05), "shuffled"),
 }
 BASELINES = ("random", "embeddings")
 """What is not trained."""
@@ -216,12 +217,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--worlds", nargs="+", default=list(SIZES))
     parser.add_argument("--contenders", nargs="+")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch_size", type=int, default=128, help="pairs")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--d_latent", type=int, default=512)
     parser.add_argument("--k", type=int, default=16)
-    parser.add_argument("--group", type=float, default=0.05, help="price of the group norm")
+    parser.add_argument("--group", type=float, default=0.005, help="price of the group norm; chosen on seed 10")
     parser.add_argument("--quick", action="store_true", help="only show that it runs")
     given = parser.parse_args(arguments)
     known = [*CONTENDERS, *BASELINES]

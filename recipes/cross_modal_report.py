@@ -75,16 +75,19 @@ class Claim(NamedTuple):
 CLAIMS: tuple[Claim, ...] = (
     *(
         claim
-        for name in ("GSAE", "MGSAE")
+        for name in ("GSAE", "GSAE, price .05", "MGSAE, price .05")
         for claim in (
             Claim("more latents fire in both streams", name, "TopK", "both"),
             Claim("fewer are dead", name, "TopK", "dead"),
             Claim("latents chosen in one stream know the factor in the other", name, "TopK", "cross_recovery"),
             Claim("at no more than 5 % more FVU", name, "TopK", "fvu", 1.05),
-            Claim("its codes find partners, which those trained on shuffled pairs do less", name,
-                  f"{name}, shuffled pairs", "r@1"),
             Claim("its codes find partners", name, "TopK", "r@1"),
         )
+    ),
+    *(
+        Claim("its codes find partners more often than after training on shuffled pairs", name,
+              f"{name}, shuffled pairs", "r@1")
+        for name in ("GSAE", "GSAE, price .05")
     ),
     Claim("concept sets agree more across streams", "VLSAE", "TopK", "intra"),
     Claim("concept sets of different latents are less alike", "VLSAE", "TopK", "inter"),

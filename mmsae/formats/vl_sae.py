@@ -1,4 +1,4 @@
-"""VL-SAE's own files, `.pth` of mere tensors: dictionaries, their baselines, and the alignment autoencoder; read only."""
+"""VL-SAE's files `.pth` of mere tensors: dictionaries, their baselines, and alignment autoencoders; read only."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from mmsae.cores import VLSAE, AlignmentAutoencoder, SAECore
 from mmsae.errors import MmsaeError
 from mmsae.formats.tensors import check_tensors, pickle_names, read_pickle, two_dimensional
+from mmsae.spec import ActivationSpec
 
 STREAMS = ("image", "text")
 PAPER_K = 256
@@ -78,12 +79,12 @@ def load(file: str | Path) -> SAECore:
     theirs, arguments = KINDS[kind]
     d_latent, first = two_dimensional(state, theirs["encoders.0"], file)
     _, second = two_dimensional(state, theirs.get("encoders.1", theirs["encoders.0"]), file)
-    widths = dict(zip(STREAMS, (first, second), strict=True))
+    spec = ActivationSpec(dict(zip(STREAMS, (first, second), strict=True)))
     core: SAECore
     if kind == "AuxiliaryAE":
-        core = AlignmentAutoencoder(widths, d_latent, normalize_contrastive=False)  # as their code trains it
+        core = AlignmentAutoencoder(spec, d_latent, normalize_contrastive=False)  # as their code trains it
     else:
-        core = VLSAE(widths, d_latent, _k(file, d_latent), **arguments)
+        core = VLSAE(spec, d_latent, _k(file, d_latent), **arguments)
     ours = dict(core.named_parameters())
     shapes = {name: _theirs(name, ours[own]).shape for own, name in theirs.items()}
     found = check_tensors(state, {name: tuple(shape) for name, shape in shapes.items()}, file, kind)

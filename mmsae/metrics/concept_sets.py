@@ -31,7 +31,7 @@ def set_means(codes: sparse.spmatrix, features: Tensor, n: int = 10, complete: b
         codes: `[n_rows, d_latent]`.
         features: Of the same rows, by another encoder or of known factors, `[n_rows, d]`.
         n: Samples in a set.
-        complete: Leave out latents that fire on fewer than `n` rows: their sets are no sets of n, as the paper has them.
+        complete: Leave out latents that fire on fewer than `n` rows, as the sets of the paper have n members.
     """
     rows, values = top_rows(codes, n), features.detach().double().cpu().numpy()
     there = rows >= 0

@@ -16,7 +16,8 @@ from mmsae.files import write_atomic
 COLUMNS = {
     "fvu": "FVU ↓", "l0": "L0", "both": "in both ↑", "balanced": "balanced ↑", "dead": "dead ↓", "jaccard": "Jaccard ↑",
     "r@1": "R@1 ↑", "mrr": "MRR ↑", "gap": "gap ↓", "cross_recovery": "cross AUROC ↑", "cross_found": "≥ .9 ↑",
-    "same_recovery": "own AUROC ↑", "intra": "intra ↑", "inter": "inter ↓", "mms": "MMS ↑", "control": "control ↑",
+    "same_recovery": "own AUROC ↑", "sets": "sets", "intra": "intra ↑", "inter": "inter ↓", "mms": "MMS ↑",
+    "control": "control ↑",
     "control_random": "random",
 }  # fmt: skip
 LESS = {"fvu", "dead", "gap", "inter"}

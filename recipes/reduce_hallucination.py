@@ -6,12 +6,12 @@
     python recipes/reduce_hallucination.py --out runs/chair --run RUN --images val2014 --alpha 0.7 \\
         --instances instances_val2014.json --captions captions_val2014.json --synonyms synonyms.txt
 
-VL-SAE's correction (arXiv 2510.21323), measured. RUN is a run of VLSAE on PooledModalities, as `llava_1_5_7b_vlsae.yaml`
-makes it. Without it, dictionaries are trained on scenes with captions through the miniature LLaVA, and it is asked about
-new scenes: yes-or-no questions, half of them for what is not there, and captions, on clean and on noised pictures. Beside
-the correction stand the model alone, the correction without the picture's concepts (beta 0), with those of another
-picture, and with a dictionary whose encoder is random, and contrastive decoding with a noised picture. Finished ways are
-kept; the same command goes on.
+VL-SAE's correction (arXiv 2510.21323), measured. RUN is a run of VLSAE on PooledModalities, as
+`llava_1_5_7b_vlsae.yaml` makes it. Without it, dictionaries are trained on scenes with captions through the miniature
+LLaVA, and it is asked about new scenes: yes-or-no questions, half of them for what is not there, and captions, on clean
+and on noised pictures. Beside the correction stand the model alone, the correction without the picture's concepts (beta
+0), with those of another picture, and with a dictionary whose encoder is random, and contrastive decoding with a noised
+picture. Finished ways are kept; the same command goes on.
 """
 
 from __future__ import annotations

@@ -104,6 +104,7 @@ def measure(
     judged = judged or {name: scored.features(factors, name) for name in streams}
     if all(features.shape[1] for features in judged.values()):
         mine, theirs = (concept_sets.set_means(codes[name], judged[name], SET) for name in streams[:2])
+        found["sets"] = float((np.isfinite(mine) & np.isfinite(theirs)).all(1).mean())
         found["intra"] = concept_sets.intra_similarity(mine, theirs)
         found["inter"] = concept_sets.inter_similarity(mine, theirs)
         found["inter_symmetric"] = concept_sets.inter_similarity(mine, theirs, symmetric=True)

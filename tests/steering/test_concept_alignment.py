@@ -107,15 +107,21 @@ def test_without_cache_each_step_is_a_whole_edited_pass(source, core):
         assert_close(second, whole, atol=1e-3, rtol=1e-3)
 
 
+class Listening(ConceptAlignment):
+    """Keeps the means that it corrects."""
+
+    def corrected(self, image, text):
+        self.seen = [*getattr(self, "seen", []), (image, text)]
+        return super().corrected(image, text)
+
+
 def test_with_cache_the_means_run_over_all_words_so_far(source, core):
     items = asked("open", 2)
     means = {}
     for cache in (True, False):
-        watched, seen = Watched(source, core, c=0.0, b=0.0), []  # weight 0: both generate the same
-        inner = watched.corrected
-        watched.corrected = lambda image, text, inner=inner, seen=seen: (seen.append((image, text)), inner(image, text))[1]
-        said(source, items, watched, cache)
-        means[cache] = seen
+        listening = Listening(source, core, c=0.0, b=0.0)  # weight 0: both generate the same
+        said(source, items, listening, cache)
+        means[cache] = listening.seen
     assert len(means[True]) == len(means[False]) == 3
     for one, other in zip(means[True], means[False], strict=True):
         assert_close(one, other, atol=1e-4, rtol=1e-4)

@@ -133,7 +133,8 @@ def scenes(kind: str, n: int, seed: int, noise: float) -> list[dict[str, Any]]:
 def asked_of_scenes(
     source: VisionLanguage, way: SecondPass | None, kind: str, items: list[dict[str, Any]], cache: bool
 ) -> dict[str, float]:
-    """The measures of one way."""
+    """The measures of one way; a noised picture has no keys and values in common with the clean one."""
+    cache = cache and not isinstance(way, NoisedContrast)
     if kind == "captions":
         said = answers(source, items, 22, way, use_cache=cache)
         stated = [[f"{factor} {value}" for factor, value in mentions(text).items()] for text in said]

@@ -28,9 +28,9 @@ from paired_worlds import Pairs as World
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from mmsae.analyses.cross_modal_measures import dense_numbers, measure, random_coder
+from mmsae.analyses.cross_modal_measures import alike, dense_numbers, measure, random_coder
 from mmsae.analyses.pairs import Pairs
-from mmsae.analyses.per_stream import Matched, StreamCoder, Union
+from mmsae.analyses.per_stream import Matched, StreamCoder, Union, encoded
 from mmsae.cores import VLSAE, BatchTopK, GroupSparse, Matryoshka, SAECore, TopK
 from mmsae.errors import MmsaeError, nearest
 from mmsae.files import write_atomic
@@ -60,11 +60,13 @@ class Contender(NamedTuple):
         shown: As "pairs"; as the "union" of the streams; "centred", the union of streams less their means; "apart", a
             core for each stream; or as pairs that are "shuffled".
         unit: Whether it reads embeddings of length 1, or as they are projected.
+        centred: Whether the mean of each stream is subtracted before, and folded into the dictionary.
     """
 
     make: Callable[[ActivationSpec, Settings], SAECore]
     shown: str
     unit: bool = True
+    centred: bool = False
 
 
 def group(masked: float, price: float | None = None) -> Callable[[ActivationSpec, Settings], SAECore]:
@@ -87,6 +89,7 @@ CONTENDERS: dict[str, Contender] = {
     "GSAE, price .05": Contender(group(0.0, 0.05), "pairs"),
     "MGSAE, price .05": Contender(group(0.2, 0.05), "pairs"),
     "VLSAE": Contender(vl(), "pairs", unit=False),
+    "VLSAE, centred": Contender(vl(), "pairs", unit=False, centred=True),
     "SAE-S": Contender(vl("linear", shared_decoder=True), "pairs", unit=False),
     "SAE-D": Contender(vl("linear", shared_encoder=False), "pairs", unit=False),
     "TopK": Contender(plain(TopK), "union"),
@@ -118,13 +121,17 @@ class Rows(IterableDataset):
             yield {ACTS: {stream: x[chosen] for stream, x in self.acts.items()}}
 
 
-def fit(make: Callable[[ActivationSpec, Settings], SAECore], acts: Acts, settings: Settings, seed: int) -> SAECore:
+def fit(contender: Contender, acts: Acts, settings: Settings, seed: int) -> SAECore:
     """Train one dictionary; a core of one stream sees as many embeddings a step as one of two streams."""
     torch.manual_seed(300 + seed)
-    core = make(ActivationSpec({stream: x.shape[1] for stream, x in acts.items()}), settings)
+    core = contender.make(ActivationSpec({stream: x.shape[1] for stream, x in acts.items()}), settings)
     rows = settings.batch_size * (1 if len(acts) > 1 else 2)
     module = SAEModule(
-        core, normalise="none", sample_rows=8192, lr_warmup_steps=max(1, settings.steps // 15), gradient_clip=0.0,
+        core,
+        normalise="center" if contender.centred else "none",
+        sample_rows=8192,
+        lr_warmup_steps=max(1, settings.steps // 15),
+        gradient_clip=0.0,
         optimizer=partial(torch.optim.Adam, lr=settings.lr),
     )  # fmt: skip
     trainer = L.Trainer(
@@ -143,13 +150,13 @@ def train(contender: Contender, world: World, settings: Settings, seed: int) -> 
         order = torch.randperm(len(acts[names[1]]), generator=torch.Generator().manual_seed(500 + seed))
         acts = {names[0]: acts[names[0]], names[1]: acts[names[1]][order]}
     if shown in ("pairs", "shuffled"):
-        return fit(contender.make, acts, settings, seed)  # type: ignore[return-value]
+        return fit(contender, acts, settings, seed)  # type: ignore[return-value]
     if shown == "apart":
-        cores = {name: fit(contender.make, {name: x}, settings, seed) for name, x in acts.items()}
+        cores = {name: fit(contender, {name: x}, settings, seed) for name, x in acts.items()}
         return Matched.on_pairs(cores, acts)
     means = {name: x.mean(0) for name, x in acts.items()} if shown == "centred" else None
     rows = torch.cat([x if means is None else x - means[name] for name, x in acts.items()])
-    return Union(fit(contender.make, {"x": rows}, settings, seed), names, means)
+    return Union(fit(contender, {"x": rows}, settings, seed), names, means)
 
 
 def scaled(acts: Acts) -> Acts:
@@ -178,7 +185,11 @@ def run(job: Job, settings: Settings, folder: Path) -> dict[str, float]:
         coder: StreamCoder = random_coder(width, settings.d_latent, settings.k, train_pairs, 12345 + job.seed)
     else:
         coder = train(contender, held["train"], settings, job.seed)
-    return measure(coder, val, test, values, seed=job.seed).numbers
+    learnt = shown_to(contender, held["train"])  # many latents fire on too few of the test pairs for a concept set
+    codes = {name: encoded(coder, x, name) for name, x in learnt.acts.items()}
+    sets = alike(codes, {name: learnt.features(values, name) for name in codes})
+    found = measure(coder, val, test, values, seed=job.seed).numbers
+    return found | {f"{name}_train": value for name, value in sets.items()}
 
 
 def load(path: Path, settings: Settings) -> dict[str, dict[str, float]]:

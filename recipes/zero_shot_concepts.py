@@ -2,8 +2,9 @@
 
     python recipes/zero_shot_concepts.py --out runs/compare_cross_modal --seeds 0 1 2
 
-The scenes once more with noise in the pictures, which the miniature CLIP was not trained on. alpha is chosen for each factor on the validation split and scored on the test split, for VL-SAE, group-sparse
-autoencoders and TopK of `compare_cross_modal.py`, and for a random dictionary and principal components as controls.
+The scenes once more with noise in the pictures, which the miniature CLIP was not trained on. alpha is chosen for each
+factor on the validation split and scored on the test split, for VL-SAE, group-sparse autoencoders and TopK of
+`compare_cross_modal.py`, and for a random dictionary and principal components as controls.
 """
 
 from __future__ import annotations

@@ -161,6 +161,7 @@ def ways_of(source: PooledModalities, cores: dict[str, SAECore], given: argparse
     ways["concepts, all plausible"] = ConceptAlignment(source, core, beta=given.beta, **{**own, "b": 0.1})
     ways["without the picture's concepts"] = ConceptAlignment(source, core, beta=0.0, **own)
     ways["another picture's concepts"] = Mistaken(source, core, beta=given.beta, **own)
+    ways["another picture's, error kept"] = Mistaken(source, core, beta=given.beta, keep_error=True, **own)
     if "random" in cores:
         ways["random encoder"] = ConceptAlignment(source, cores["random"], beta=given.beta, **own)
     ways["contrast with a noised picture"] = NoisedContrast(source.model)

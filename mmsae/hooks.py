@@ -16,13 +16,15 @@ writes), with an optional choice of one element of a tuple, dict or dataclass: `
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, Literal, cast
 
+import torch
 from torch import Tensor, nn
 
 from mmsae.containers import find, of_call, put, put_call
@@ -135,7 +137,7 @@ def capture(model: nn.Module, hook_points: Sequence[HookPoint | str], stop: bool
         tensor = find(output, point.select, point.name)[1]
         keep(point, tensor if point.where == "output" else _difference(point, tensor, entered.pop(point.name)))
 
-    with ExitStack() as hooks:
+    with uncompiled(), ExitStack() as hooks:
         for point in points:
             module = model.get_submodule(point.path)
             # Appended, not prepended: they come after the edits, which are prepended, whichever was opened first.
@@ -195,7 +197,7 @@ def edit(model: nn.Module, edits: Mapping[str, Callable[[Tensor], Tensor]]) -> I
         start = entered.pop(point.name)
         return put(output, key, start + _replaced(point, functions[point.name], _difference(point, old, start)))
 
-    with ExitStack() as hooks:
+    with uncompiled(), ExitStack() as hooks:
         for point in points:
             module = model.get_submodule(point.path)
             # Prepended: transformers installs its own hooks for `output_hidden_states` at the first call that asks
@@ -233,6 +235,16 @@ def differentiable(model: nn.Module, hook_points: Sequence[HookPoint | str]) -> 
 
     with edit(model, {point.name: partial(keep, point.name) for point in _points(model, hook_points)}):
         yield found
+
+
+def uncompiled() -> AbstractContextManager:
+    """Run what `torch.compile` has compiled, or would compile, in plain Python while the `with` is open.
+
+    Compiled code does not notice hooks that came after it, and would keep those that were there when it was made.
+    """
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import takes seconds
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 class _Stop(BaseException):  # not an Exception: the model's own `except Exception` must not swallow it

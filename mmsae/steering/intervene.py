@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -94,9 +96,11 @@ def intervene(model: Any, interventions: Sequence[Intervention]) -> Iterator[Non
             raise MmsaeError(
                 f"{one.hook_point!r} matches {len(points)} modules; give an intervention for each of them."
             )
-        part = "" if not isinstance(modules, _Parts) else points[0].path.split(".")[0]
+        # a bare Module holds the parts of a pipeline and is never called itself
+        part = points[0].path.split(".")[0] if type(modules) is nn.Module else ""
         if part not in trackers:
             trackers[part] = Tracker(modules.get_submodule(part), scheduler)
+        _warn_if_unread(trackers[part].root, points[0].path)
         functions.append((points[0].name, _Operator(one, trackers[part], channels_last)))
     with ExitStack() as stack:
         for tracker in trackers.values():
@@ -126,10 +130,6 @@ def codes_at(
     return dictionary.to(x.device).encode(x.float())
 
 
-class _Parts(nn.Module):
-    """The modules of a pipeline, under their names."""
-
-
 def modules_of(model: Any) -> tuple[nn.Module, Any]:
     """The module whose parts are hooked, and the scheduler of a pipeline."""
     if isinstance(model, Source):
@@ -141,7 +141,7 @@ def modules_of(model: Any) -> tuple[nn.Module, Any]:
         wrapped = isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel)
         return (model.module if wrapped else model), None
     if hasattr(model, "components"):
-        parts = _Parts()
+        parts = nn.Module()
         for name, part in model.components.items():
             if isinstance(part, nn.Module):
                 parts.add_module(name, part)
@@ -291,6 +291,23 @@ class _Operator:
                 if len(silent):
                     raise MmsaeError(f"latent {int(silent[0])} never fired in the data of `scale`, so it has no unit.")
         return scale
+
+
+def _warn_if_unread(model: nn.Module, path: str) -> None:
+    """Say so where a LLaVA takes the states of an earlier layer of its tower than the one that is steered."""
+    config = getattr(model, "config", None)
+    chosen = getattr(config, "vision_feature_layer", None)
+    found = re.search(r"vision_tower\..*layers\.(\d+)", path)
+    depth = getattr(getattr(config, "vision_config", None), "num_hidden_layers", None)
+    if found is None or chosen is None or depth is None:
+        return
+    read = max(i if i >= 0 else depth + 1 + i for i in ([chosen] if isinstance(chosen, int) else chosen)) - 1
+    if int(found[1]) > read:
+        warnings.warn(
+            f"{type(model).__name__} reads layer {read} of its vision tower, so nothing will change by steering "
+            f"{path!r} behind it.",
+            stacklevel=4,
+        )
 
 
 def columns_of(codes: Codes, latents: Tensor) -> Tensor:

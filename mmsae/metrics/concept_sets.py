@@ -24,14 +24,14 @@ def top_rows(codes: sparse.spmatrix, n: int = 10) -> np.ndarray:
     return found
 
 
-def set_means(codes: sparse.spmatrix, features: Tensor, n: int = 10, complete: bool = False) -> np.ndarray:
+def set_means(codes: sparse.spmatrix, features: Tensor, n: int = 10, complete: bool = True) -> np.ndarray:
     """Mean feature of each latent's set, not normalised before, float64 `[d_latent, d]`; NaN where the set is empty.
 
     Args:
         codes: `[n_rows, d_latent]`.
         features: Of the same rows, by another encoder or of known factors, `[n_rows, d]`.
         n: Samples in a set.
-        complete: Leave out latents that fire on fewer than `n` rows, whose sets say little.
+        complete: Leave out latents that fire on fewer than `n` rows, as the sets of the paper have n members.
     """
     rows, values = top_rows(codes, n), features.detach().double().cpu().numpy()
     there = rows >= 0

@@ -168,4 +168,5 @@ def test_t2_images_and_texts_of_a_latent_agree(seed):
     seen = {name: concepts(seed, **own) for name, own in BASELINES.items()}
     print(seed, {name: {key: round(value, 3) for key, value in row.items()} for name, row in seen.items()})
     assert seen["S"]["intra"] > seen["D"]["intra"] + 0.3
+    assert seen["VL"]["intra"] > seen["S"]["intra"] + 0.04
     assert seen["VL"]["dead"] < seen["S"]["dead"]

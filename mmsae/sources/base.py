@@ -102,6 +102,10 @@ class Source(ABC):
         """An item for a reader: `{"kind": "image", "image", "text"}`, or `{"kind": "text", "tokens"}`, as positions."""
         return {"kind": "text", "tokens": [str(item.get("text", item.get("sample_id", "")))]}
 
+    def render_stream(self, item: dict[str, Any], stream: str) -> dict[str, Any]:
+        """What one stream of a pair sees of an item, for a reader, in the same form; by default all of it."""
+        return self.render(item)
+
     def describe(self) -> dict[str, Any]:
         """What identifies the model, JSON: name, weights, arguments."""
         return {}

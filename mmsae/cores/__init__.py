@@ -24,6 +24,7 @@ from mmsae.cores.relu import ReLU
 from mmsae.cores.scikit import ICA, NMF, KMeans
 from mmsae.cores.semi_nmf import SemiNMF
 from mmsae.cores.skip_transcoder import JumpReLUSkipTranscoder, SkipTranscoder
+from mmsae.cores.temporal import Temporal
 from mmsae.cores.top_afa import TopAFA
 from mmsae.cores.topk import TopK
 from mmsae.cores.variational import Variational
@@ -61,6 +62,7 @@ __all__ = [
     "SAECore",
     "SemiNMF",
     "SkipTranscoder",
+    "Temporal",
     "TopAFA",
     "TopK",
     "TopKCrosscoder",

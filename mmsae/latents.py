@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from mmsae.cores.base import SAECore
 from mmsae.errors import MmsaeError
-from mmsae.spec import Batch, in_float32, rows_of
+from mmsae.spec import Batch, in_float32
 from mmsae.store import CodeStore
 
 PAIRS_AT_ONCE = 1 << 24
@@ -67,11 +67,11 @@ class LatentStore:
         for batch in tqdm(batches, desc=f"encoding {split}".strip(), leave=False, disable=None):
             with torch.no_grad():
                 codes = core.encode(core.inputs(in_float32(batch)), batch)
+            codes, metadata = core.by_row(codes, {k: v for k, v in batch.items() if isinstance(v, Tensor)})
             parts.append(to_csr(codes))
-            for name, column in batch.items():
-                if isinstance(column, Tensor):
-                    columns.setdefault(name, []).append(column.cpu().numpy())
-            n_rows += rows_of(batch)
+            for name, column in metadata.items():
+                columns.setdefault(name, []).append(column.cpu().numpy())
+            n_rows += parts[-1].shape[0]
             if n_rows >= max_rows:
                 split = ""
                 break

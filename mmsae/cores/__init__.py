@@ -1,6 +1,7 @@
 """Sparse dictionaries: one file each. The imports below are the registry."""
 
 from mmsae.cores.abs_topk import AbsTopK
+from mmsae.cores.alignment_autoencoder import AlignmentAutoencoder
 from mmsae.cores.archetypal import Archetypal
 from mmsae.cores.atoms import Atoms
 from mmsae.cores.base import Affine, Losses, SAECore
@@ -12,6 +13,7 @@ from mmsae.cores.gated import Gated
 from mmsae.cores.gradient_topk import GradientTopK
 from mmsae.cores.group_bias import GroupBias
 from mmsae.cores.group_max import GroupMax
+from mmsae.cores.group_sparse import GroupSparse
 from mmsae.cores.itda import ITDA
 from mmsae.cores.jump_relu import JumpReLU
 from mmsae.cores.linear import LinearCore
@@ -23,19 +25,23 @@ from mmsae.cores.poly import PolySAE
 from mmsae.cores.relu import ReLU
 from mmsae.cores.scikit import ICA, NMF, KMeans
 from mmsae.cores.semi_nmf import SemiNMF
+from mmsae.cores.shared_dictionary import SharedDictionary
 from mmsae.cores.skip_transcoder import JumpReLUSkipTranscoder, SkipTranscoder
 from mmsae.cores.temporal import Temporal
 from mmsae.cores.top_afa import TopAFA
 from mmsae.cores.topk import TopK
 from mmsae.cores.variational import Variational
+from mmsae.cores.vl_sae import VLSAE
 
 __all__ = [
     "ICA",
     "ITDA",
     "NMF",
     "PCA",
+    "VLSAE",
     "AbsTopK",
     "Affine",
+    "AlignmentAutoencoder",
     "Archetypal",
     "Atoms",
     "BatchTopK",
@@ -46,6 +52,7 @@ __all__ = [
     "GradientTopK",
     "GroupBias",
     "GroupMax",
+    "GroupSparse",
     "JumpReLU",
     "JumpReLUSkipTranscoder",
     "KMeans",
@@ -61,6 +68,7 @@ __all__ = [
     "ReLU",
     "SAECore",
     "SemiNMF",
+    "SharedDictionary",
     "SkipTranscoder",
     "Temporal",
     "TopAFA",

@@ -27,6 +27,7 @@ from mmsae.cores.scikit import ICA, NMF, KMeans
 from mmsae.cores.semi_nmf import SemiNMF
 from mmsae.cores.shared_dictionary import SharedDictionary
 from mmsae.cores.skip_transcoder import JumpReLUSkipTranscoder, SkipTranscoder
+from mmsae.cores.temporal import Temporal
 from mmsae.cores.top_afa import TopAFA
 from mmsae.cores.topk import TopK
 from mmsae.cores.variational import Variational
@@ -69,6 +70,7 @@ __all__ = [
     "SemiNMF",
     "SharedDictionary",
     "SkipTranscoder",
+    "Temporal",
     "TopAFA",
     "TopK",
     "TopKCrosscoder",

@@ -34,6 +34,7 @@ from mmsae.steering.select import (
     nearest,
     quantiles,
 )
+from mmsae.steering.unlearn import ConceptMeans, Unlearn
 from mmsae.steering.where import (
     At,
     Between,
@@ -51,9 +52,9 @@ from mmsae.steering.where import (
 
 __all__ = [
     "Ablate", "Add", "AddVector", "At", "Attenuate", "Attribution", "Between", "Box", "Clamp", "CodesEdit",
-    "ConceptPosterior", "Conditional", "Context", "Edit", "Examples", "Generated", "ImageTokens", "Intervention",
+    "ConceptMeans", "ConceptPosterior", "Conditional", "Context", "Edit", "Examples", "Generated", "ImageTokens", "Intervention",
     "LatentEdit", "Mask", "Only", "Patch", "Project", "Reconstruct", "Replace", "Rows", "Scale", "Selection", "Steps",
-    "Suppress", "SuppressRange", "Timesteps", "TokenIds", "VectorEdit", "Where", "attribute", "codes_at", "columns_of",
+    "Suppress", "SuppressRange", "Timesteps", "TokenIds", "Unlearn", "VectorEdit", "Where", "attribute", "codes_at", "columns_of",
     "difference_in_means", "frequency_difference", "intervene", "matched_random", "mean_difference", "means", "nearest",
     "probe_direction", "quantiles", "random_direction", "steer",
 ]  # fmt: skip

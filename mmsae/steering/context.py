@@ -62,7 +62,7 @@ class Context:
     @cached_property
     def token_ids(self) -> Tensor:
         """Ids of the tokens at the positions, int64 `[B, T]`."""
-        ids = self.call.get("input_ids")
+        ids = self.call.get("input_ids", self.call.get("text"))  # open_clip calls them so
         if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.shape[1] != self.shape[1]:
             raise MmsaeError(
                 "the steered module's positions are no tokens of the model's input_ids; choose positions by number, "
@@ -118,6 +118,11 @@ class Context:
         if given is None:
             raise MmsaeError("there is no timestep: steer a diffusion pipeline, or its denoiser, not a part of it.")
         return torch.as_tensor(given, device=self.device).reshape(-1)
+
+    @property
+    def time(self) -> Tensor:
+        """`timestep` as the scheduler and the rows of a dictionary count it, whatever the denoiser is told."""
+        return self.timestep * 1000 if self.thousandths else self.timestep
 
     @cached_property
     def step(self) -> int:

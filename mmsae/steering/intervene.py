@@ -6,7 +6,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -241,7 +241,7 @@ class _Operator:
     def _steered(self, x: Tensor, group: list[Any], rows: Rows) -> Tensor:
         core = self._core(x)
         latents = torch.cat([one.latents for one in group]).unique().to(x.device)
-        codes = self._codes(x) if self._needs_codes(group) else None
+        codes = self._codes(x, rows) if self._needs_codes(group) else None
         before = x.new_zeros(len(x), len(latents)) if codes is None else columns_of(codes, latents).to(x.dtype)
         after = before
         unit = self.unit.to(x)
@@ -258,7 +258,7 @@ class _Operator:
         else:
             assert codes is not None
             dense = codes.dense().to(x.dtype).index_copy(1, latents, after)
-            new = self._decoded(Codes(dense, None, codes.d_latent))
+            new = self._decoded(replace(codes, values=dense, indices=None))
             if not self.what.keep_error:
                 return new.to(x.dtype)
             change = (new - self._decoded(codes)).to(x.dtype)
@@ -266,7 +266,7 @@ class _Operator:
         return torch.where(touched, x + change, x)
 
     def _recoded(self, x: Tensor, one: CodesEdit, rows: Rows) -> Tensor:
-        codes = self._codes(x)
+        codes = self._codes(x, rows)
         changed = one.codes(codes, rows)
         if self.what.keep_error and changed is codes:
             return x
@@ -277,9 +277,14 @@ class _Operator:
         assert self.core is not None
         return any(one.reads for one in group) or not self.what.keep_error or not self.core.linear_decode
 
-    def _codes(self, x: Tensor) -> Codes:
+    def _codes(self, x: Tensor, rows: Rows) -> Codes:
         core = self._core(x)
-        return core.encode_stream(self.stream, x) if isinstance(core, SharedDictionary) else core.encode(x)
+        if isinstance(core, SharedDictionary):
+            return core.encode_stream(self.stream, x)
+        if "timestep" not in core.needs or "timestep" not in rows.context.call:
+            return core.encode(x)
+        time = rows.context.time.expand(rows.context.shape[0])
+        return core.encode(x, {"timestep": time[rows.example]})
 
     def _decoded(self, codes: Codes) -> Tensor:
         core = self.core

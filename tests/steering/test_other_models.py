@@ -276,14 +276,14 @@ def test_steps_and_timesteps_pick_the_same_calls(pipelines, kind):
     seen = []
 
     def where(context):
-        seen.append((context.step, float(context.timestep[0])))
+        seen.append((context.step, float(context.time[0])))
         return Steps(1, 1)(context)
 
     with steer(source, core_of(width), POINTS[kind], Add(0, 30.0), where):
         by_step = source.forward(batch)
     assert [step for step, _ in seen] == [0, 1, 2]
     middle = seen[1][1]
-    with steer(source, core_of(width), POINTS[kind], Add(0, 30.0), Timesteps(middle - 0.01, middle + 0.01)):
+    with steer(source, core_of(width), POINTS[kind], Add(0, 30.0), Timesteps(middle - 0.1, middle + 0.1)):
         by_time = source.forward(batch)
     assert torch.equal(by_step, by_time)
 

@@ -65,6 +65,7 @@ def sweep(
     own: Sequence[int] = (),
     ledger: Ledger | None = None,
     key: str = "",
+    context: str = "",
     tick: Callable[[], object] = lambda: None,
 ) -> DoseResponse:
     """Measure an edit at each of some strengths.
@@ -78,6 +79,7 @@ def sweep(
         own: Latents that are meant to change.
         ledger: Measurements that are there already, and where new ones go.
         key: Name of this edit in the ledger.
+        context: Name of the readout in the ledger, of whatever is edited.
         tick: Called after each strength, for a progress bar.
 
     Raises:
@@ -90,7 +92,7 @@ def sweep(
     moments = None if rows is None or site.dictionary is None else _moments(site.dictionary, rows)
     found: list[dict[str, Any]] = []
     for strength in grid:
-        name = f"{key}@{strength:g}" if strength else "unsteered"
+        name = f"{context}/{key}@{strength:g}" if strength else f"{context}/unsteered"
         kept = ledger.get(name)
         if kept is None:
             edits = make(strength) if strength else None

@@ -72,6 +72,12 @@ class ContinuationReadout(Readout):
         said, nats, wrong, shown = self._run(steered)
         return Measured(said, said, nats - self._reference[0], wrong - self._reference[1], shown)
 
+    def texts(self, chosen: np.ndarray) -> tuple[list[str], list[str]]:
+        """Prompts and continuations of some contexts (bool `[n]`), by the model as it is now."""
+        items = [item for item, wanted in zip(self.items, chosen, strict=True) if wanted]
+        written = self.source.generate(items, seed=self.seed, **self.settings)
+        return [str(item.get("text", "")) for item in items], [one["text"].strip() for one in written]
+
     def _run(self, steered: Steered) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[str]]:
         n = len(self.items)
         said, nats, wrong, shown = np.zeros(n), np.zeros(n), np.full(n, np.nan if self.wrong is None else 0.0), []

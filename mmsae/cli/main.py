@@ -19,6 +19,7 @@ VERBS = {
     "encode": ("mmsae.cli.encode", "write the codes of a trained dictionary to disk"),
     "evaluate": ("mmsae.cli.evaluate", "run analyses on a trained dictionary"),
     "similarity": ("mmsae.cli.similarity", "compare layers of models by their dictionaries and activations"),
+    "steer": ("mmsae.cli.steer", "steer a model with latents; steer bench: success, damage and controls"),
     "report": ("mmsae.cli.report", "draw the page of an evaluated run"),
     "convert": ("mmsae.cli.convert", "write a dictionary in the format of another library, or read one"),
 }
@@ -28,6 +29,7 @@ AGAIN = {
     "fit": "--resume RUN goes on from its last checkpoint",
     "extract": "the same command goes on where it stopped",
     "encode": "the same command goes on where it stopped",
+    "steer": "bench goes on where it stopped with the same command",
 }
 
 HELP = """\

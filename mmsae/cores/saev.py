@@ -73,7 +73,8 @@ class SAEV(ReLU):
             )
         losses = super().losses(batch)
         losses.terms["sparsity"] = self.price * losses.terms["sparsity"]
-        self._count_types(losses.codes.detach(), batch[TOKEN_TYPE])
+        if self.training:
+            self._count_types(losses.codes.detach(), batch[TOKEN_TYPE])
         return losses
 
     @torch.no_grad()

@@ -104,8 +104,8 @@ def sample_scores(found: Firing, weights: Tensor) -> dict[str, Tensor]:
 def per_token(name: str, scores: Tensor, n_text: Tensor, n_image: Tensor) -> Tensor:
     """A score that does not grow with the length of a sample.
 
-    `co_occurrence` is divided by the pairs of a text and an image token, `l1` by all tokens; the sets of the others grow
-    with the words, and are divided by the number of text tokens.
+    `co_occurrence` is divided by the pairs of a text and an image token, `l1` by all tokens; the sets of the others
+    grow with the words, and are divided by the number of text tokens.
     """
     if name == "co_occurrence":
         return scores / (n_text * n_image).clamp_min(1)
@@ -115,8 +115,8 @@ def per_token(name: str, scores: Tensor, n_text: Tensor, n_image: Tensor) -> Ten
 def patch_scores(codes: Codes, sample: Tensor, found: Firing, weights: Tensor) -> dict[str, Tensor]:
     """Which image tokens matter for the words of their sample.
 
-    `l0` is the number of latents that fire, `l1` the sum of their codes, `co_l0` the number of those that also fire on a
-    text token of the sample, `cosine` the sum of the weights of the latents that fire.
+    `l0` is the number of latents that fire, `l1` the sum of their codes, `co_l0` the number of those that also fire on
+    a text token of the sample, `cosine` the sum of the weights of the latents that fire.
 
     Args:
         codes: Of image tokens `[rows, ...]`.

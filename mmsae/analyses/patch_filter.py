@@ -75,7 +75,8 @@ class PatchFilter(Analysis):
         best = max(PATCH_SCORES, key=lambda name: numbers[f"{name}/{low:g}/accuracy"])
         title = (
             f"with {low:.0%} of the image tokens, chosen by {best}, {numbers[f'{best}/{low:g}/accuracy']:.0%} of the "
-            f"answers are right; by chance {numbers[f'{RANDOM}/{low:g}/accuracy']:.0%}, with all {numbers['all/accuracy']:.0%}"
+            f"answers are right; by chance {numbers[f'{RANDOM}/{low:g}/accuracy']:.0%}, with all "
+            f"{numbers['all/accuracy']:.0%}"
         )
         shares = [*self.keep, 1.0]
         lines = [{"label": name, "x": shares,

@@ -83,7 +83,7 @@ class SAEV(ReLU):
             own = token_type == kind
             n = int(own.sum())
             if n:
-                self.density_by_type[kind].lerp_(codes[own].firings() / n, 1 - self.decay)
+                self.density_by_type[kind].mul_(self.decay).add_((1 - self.decay) * codes[own].firings() / n)
 
     @torch.no_grad()
     def after_step(self, step: int, codes: Codes) -> None:

@@ -179,8 +179,8 @@ class CrossModalWeights(Analysis):
         _, place = latents.samples
         sides: list[list[Shown]] = []
         for kind in KINDS:
-            rows = found.rows[kind, latent]
-            rows = rows[rows >= 0].numpy()
+            rows: np.ndarray = found.rows[kind, latent].numpy()
+            rows = rows[rows >= 0]
             first = np.sort(np.unique(place[rows], return_index=True)[1])[: self.n_examples // 2]
             codes = latents.at(latent, rows[first])
             sides.append(

@@ -52,9 +52,10 @@ from mmsae.steering.where import (
 
 __all__ = [
     "Ablate", "Add", "AddVector", "At", "Attenuate", "Attribution", "Between", "Box", "Clamp", "CodesEdit",
-    "ConceptMeans", "ConceptPosterior", "Conditional", "Context", "Edit", "Examples", "Generated", "ImageTokens", "Intervention",
-    "LatentEdit", "Mask", "Only", "Patch", "Project", "Reconstruct", "Replace", "Rows", "Scale", "Selection", "Steps",
-    "Suppress", "SuppressRange", "Timesteps", "TokenIds", "Unlearn", "VectorEdit", "Where", "attribute", "codes_at", "columns_of",
-    "difference_in_means", "frequency_difference", "intervene", "matched_random", "mean_difference", "means", "nearest",
-    "probe_direction", "quantiles", "random_direction", "steer",
+    "ConceptMeans", "ConceptPosterior", "Conditional", "Context", "Edit", "Examples", "Generated", "ImageTokens",
+    "Intervention", "LatentEdit", "Mask", "Only", "Patch", "Project", "Reconstruct", "Replace", "Rows", "Scale",
+    "Selection", "Steps", "Suppress", "SuppressRange", "Timesteps", "TokenIds", "Unlearn", "VectorEdit", "Where",
+    "attribute", "codes_at", "columns_of", "difference_in_means", "frequency_difference", "intervene",
+    "matched_random", "mean_difference", "means", "nearest", "probe_direction", "quantiles", "random_direction",
+    "steer",
 ]  # fmt: skip

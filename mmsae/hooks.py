@@ -16,6 +16,8 @@ writes), with an optional choice of one element of a tuple, dict or dataclass: `
 from __future__ import annotations
 
 import re
+import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -23,6 +25,7 @@ from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, Literal, cast
 
+import torch
 from torch import Tensor, nn
 
 from mmsae.containers import find, of_call, put, put_call
@@ -32,6 +35,7 @@ from mmsae.layout import from_positions, to_positions
 __all__ = ["HookPoint", "capture", "differentiable", "edit", "from_positions", "parse", "resolve", "to_positions"]
 
 Where = Literal["output", "input", "delta"]
+_STANCE, _uncompiled = threading.Lock(), 0
 SYNTAX = re.compile(r"(?P<path>[^:]*)(:(?P<where>input|output|delta)(\[(?P<select>[^\[\]]+)\])?)?")
 
 
@@ -135,7 +139,7 @@ def capture(model: nn.Module, hook_points: Sequence[HookPoint | str], stop: bool
         tensor = find(output, point.select, point.name)[1]
         keep(point, tensor if point.where == "output" else _difference(point, tensor, entered.pop(point.name)))
 
-    with ExitStack() as hooks:
+    with uncompiled(), ExitStack() as hooks:
         for point in points:
             module = model.get_submodule(point.path)
             # Appended, not prepended: they come after the edits, which are prepended, whichever was opened first.
@@ -195,7 +199,7 @@ def edit(model: nn.Module, edits: Mapping[str, Callable[[Tensor], Tensor]]) -> I
         start = entered.pop(point.name)
         return put(output, key, start + _replaced(point, functions[point.name], _difference(point, old, start)))
 
-    with ExitStack() as hooks:
+    with uncompiled(), ExitStack() as hooks:
         for point in points:
             module = model.get_submodule(point.path)
             # Prepended: transformers installs its own hooks for `output_hidden_states` at the first call that asks
@@ -233,6 +237,29 @@ def differentiable(model: nn.Module, hook_points: Sequence[HookPoint | str]) -> 
 
     with edit(model, {point.name: partial(keep, point.name) for point in _points(model, hook_points)}):
         yield found
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Run what `torch.compile` has compiled, or would compile, in plain Python while the `with` is open.
+
+    Compiled code does not notice hooks that came after it, and would keep those that were there when it was made.
+    """
+    global _uncompiled
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import takes seconds
+        yield
+        return
+    with _STANCE:  # one for all threads: the first in sets it, the last out takes it back
+        _uncompiled += 1
+        if _uncompiled == 1:
+            torch.compiler.set_stance("force_eager")
+    try:
+        yield
+    finally:
+        with _STANCE:
+            _uncompiled -= 1
+            if _uncompiled == 0:
+                torch.compiler.set_stance("default")
 
 
 class _Stop(BaseException):  # not an Exception: the model's own `except Exception` must not swallow it
@@ -281,7 +308,9 @@ def _replaced(point: HookPoint, function: Callable[[Tensor], Tensor], old: Tenso
             f"the edit at {point.name!r} returned {given} for a tensor of shape {tuple(old.shape)}; "
             "it must return a tensor of equal shape."
         )
-    return new.to(old)
+    new = new.to(old)
+    # in another layout of the memory the modules behind would take other kernels, and round differently
+    return new if new.stride() == old.stride() else torch.empty_like(old, requires_grad=False).copy_(new)
 
 
 def _all_fired(model: nn.Module, points: Sequence[HookPoint], fired: set[str] | dict[str, Tensor]) -> None:

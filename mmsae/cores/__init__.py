@@ -23,10 +23,12 @@ from mmsae.cores.multi_topk import MultiTopK
 from mmsae.cores.p_anneal import PAnneal
 from mmsae.cores.poly import PolySAE
 from mmsae.cores.relu import ReLU
+from mmsae.cores.saev import SAEV
 from mmsae.cores.scikit import ICA, NMF, KMeans
 from mmsae.cores.semi_nmf import SemiNMF
 from mmsae.cores.shared_dictionary import SharedDictionary
 from mmsae.cores.skip_transcoder import JumpReLUSkipTranscoder, SkipTranscoder
+from mmsae.cores.temporal import Temporal
 from mmsae.cores.top_afa import TopAFA
 from mmsae.cores.topk import TopK
 from mmsae.cores.variational import Variational
@@ -37,6 +39,7 @@ __all__ = [
     "ITDA",
     "NMF",
     "PCA",
+    "SAEV",
     "VLSAE",
     "AbsTopK",
     "Affine",
@@ -69,6 +72,7 @@ __all__ = [
     "SemiNMF",
     "SharedDictionary",
     "SkipTranscoder",
+    "Temporal",
     "TopAFA",
     "TopK",
     "TopKCrosscoder",

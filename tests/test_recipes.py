@@ -175,7 +175,14 @@ def test_the_siglip_recipe_trains(pictures, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "name",
-    ["sounds_batchtopk", "scene_pairs_crosscoder", "ecg_jepa_topk", "stories_batchtopk", "scene_questions_batchtopk"],
+    [
+        "sounds_batchtopk",
+        "scene_pairs_crosscoder",
+        "ecg_jepa_topk",
+        "e4_miniature_batchtopk",
+        "stories_batchtopk",
+        "scene_questions_batchtopk",
+    ],
 )
 def test_the_recipes_of_miniatures_train(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -222,6 +229,16 @@ def test_the_eeg_recipe_trains(tmp_path, monkeypatch):
     main(["fit", "--config", str(RECIPES / "eeg_motor_imagery_batchtopk.yaml"), *own, *SMALL_CORE, *FAST])
 
 
+def test_the_recipe_of_wristbands_trains(tmp_path, monkeypatch):
+    from recordings import write_e4
+
+    monkeypatch.chdir(tmp_path)
+    for i in range(4):
+        write_e4(tmp_path / "e4" / f"S{i}", seconds=100)
+    own = ["--data.init_args.root=e4", "--data.init_args.labels_file=labels.csv", "--data.init_args.stride_s=32"]
+    main(["fit", "--config", str(RECIPES / "e4_sessions_batchtopk.yaml"), *own, *SMALL_CORE, *FAST])
+
+
 @pytest.mark.parametrize(
     ("name", "kind", "own"),
     [
@@ -252,6 +269,7 @@ def test_every_recipe_has_a_case():
     tested = {*CASES, *languages, "sam2_hiera_microscopy_batchtopk", "scenes_extract", "scenes_topk"}
     tested |= {"clap_htsat_batchtopk", "siglip_so400m_matryoshka", "sounds_batchtopk", "scene_pairs_crosscoder"}
     tested |= {"llava_1_5_7b_topk", "qwen2_5_vl_3b_batchtopk"}
+    tested |= {"e4_miniature_batchtopk", "e4_sessions_batchtopk"}
     tested |= {"ecg_jepa_topk", "eeg_motor_imagery_batchtopk", "stories_batchtopk", "scene_questions_batchtopk"}
     tested |= {"sdxl_turbo_down_2_1_topk", "sd_1_5_up_1_1_batchtopk", "scene_diffusion_batchtopk"}
     assert {path.stem for path in RECIPES.glob("*.yaml")} == tested

@@ -235,7 +235,7 @@ def test_the_recipe_of_wristbands_trains(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for i in range(4):
         write_e4(tmp_path / "e4" / f"S{i}", seconds=100)
-    own = ["--data.init_args.root=e4", "--data.init_args.labels_file=labels.csv", "--data.init_args.stride_s=32"]
+    own = ["--data.init_args.root=e4", "--data.init_args.labels_file=labels.csv", "--data.init_args.stride_s=16"]
     main(["fit", "--config", str(RECIPES / "e4_sessions_batchtopk.yaml"), *own, *SMALL_CORE, *FAST])
 
 

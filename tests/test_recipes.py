@@ -177,6 +177,7 @@ def test_the_siglip_recipe_trains(pictures, tmp_path, monkeypatch):
     "name",
     [
         "sounds_batchtopk", "scene_pairs_crosscoder", "ecg_jepa_topk", "stories_batchtopk", "scene_questions_batchtopk",
+        "e4_miniature_batchtopk",
         "scene_questions_saev", "scene_pairs_gsae", "scene_pairs_vlsae", "sound_pairs_mgsae",
     ],
 )  # fmt: skip
@@ -300,6 +301,16 @@ def test_the_eeg_recipe_trains(tmp_path, monkeypatch):
     main(["fit", "--config", str(RECIPES / "eeg_motor_imagery_batchtopk.yaml"), *own, *SMALL_CORE, *FAST])
 
 
+def test_the_recipe_of_wristbands_trains(tmp_path, monkeypatch):
+    from recordings import write_e4
+
+    monkeypatch.chdir(tmp_path)
+    for i in range(4):
+        write_e4(tmp_path / "e4" / f"S{i}", seconds=100)
+    own = ["--data.init_args.root=e4", "--data.init_args.labels_file=labels.csv", "--data.init_args.stride_s=16"]
+    main(["fit", "--config", str(RECIPES / "e4_sessions_batchtopk.yaml"), *own, *SMALL_CORE, *FAST])
+
+
 @pytest.mark.parametrize(
     ("name", "kind", "own"),
     [
@@ -331,6 +342,7 @@ def test_every_recipe_has_a_case():
     tested |= {"clap_htsat_batchtopk", "siglip_so400m_matryoshka", "sounds_batchtopk", "scene_pairs_crosscoder"}
     tested |= {"llava_1_5_7b_topk", "qwen2_5_vl_3b_batchtopk"}
     tested |= {"llava_next_mistral_saev", "llava_next_vicuna_saev", "chameleon_7b_saev", "scene_questions_saev"}
+    tested |= {"e4_miniature_batchtopk", "e4_sessions_batchtopk"}
     tested |= {"ecg_jepa_topk", "eeg_motor_imagery_batchtopk", "stories_batchtopk", "scene_questions_batchtopk"}
     tested |= {"sdxl_turbo_down_2_1_topk", "sd_1_5_up_1_1_batchtopk", "scene_diffusion_batchtopk"}
     tested |= {"scene_pairs_gsae", "scene_pairs_vlsae", "sound_pairs_mgsae", "open_clip_vit_b_16_gsae"}

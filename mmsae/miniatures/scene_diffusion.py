@@ -78,7 +78,7 @@ class TextTower:
         """States [n, tokens, width] of one prompt or of n prompts."""
         device = next(self.clip.parameters()).device
         with capture(self.clip, ["ln_final"]) as found:
-            self.clip.encode_text(self.tokenizer(prompts).to(device))
+            self.clip(text=self.tokenizer(prompts).to(device))  # a call of the module, so that hooks see the words
         return found["ln_final"]
 
 

@@ -99,6 +99,14 @@ class Pipeline(Source):
                 stack.enter_context(torch.no_grad())
             return self.pipe(**self._arguments(batch, steps=self.steps, output_type=output_type)).images
 
+    def draw(self, batch: dict[str, Any]) -> Tensor:
+        """Finished pictures of a batch of prompts `[B, 3, H, W]` in 0..1, float32 on the CPU."""
+        self.model  # noqa: B018, loading sets the pipeline
+        drawn = torch.as_tensor(self._generate(batch, "pt"))
+        if drawn.shape[-1] == 3 and drawn.shape[1] != 3:  # DiT gives arrays [B, H, W, 3]
+            drawn = drawn.permute(0, 3, 1, 2)
+        return drawn.float().cpu().clamp(0, 1)
+
     def _arguments(self, batch: dict[str, Any], steps: int, output_type: str) -> dict[str, Any]:
         """Arguments of the pipeline, those that it takes."""
         given: dict[str, Any] = {

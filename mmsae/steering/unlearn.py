@@ -57,7 +57,9 @@ class ConceptMeans:
                     sums[time] = torch.zeros(len(concepts), core.d_latent, dtype=torch.float64)
                     counts[time] = torch.zeros(len(concepts), dtype=torch.float64)
                 place = label[rows, None] * core.d_latent + codes.indices[rows]
-                sums[time].view(-1).index_add_(0, place.reshape(-1).cpu(), codes.values[rows].reshape(-1).double().cpu())
+                sums[time].view(-1).index_add_(
+                    0, place.reshape(-1).cpu(), codes.values[rows].reshape(-1).double().cpu()
+                )
                 counts[time] += torch.bincount(label[rows], minlength=len(concepts)).cpu()
         if not sums:
             raise MmsaeError("there are no activations to learn a concept from.")

@@ -100,9 +100,7 @@ CASES = {
     "MultiTopK": lambda: MultiTopK(D, M, k=3, dead_after=40),
     "PAnneal": lambda: PAnneal(D, M, anneal_start=2, anneal_end=22, n_updates=3),
     "Temporal": lambda: Temporal(D, M, k=3, default_timestep=400, dead_after=40),
-    "Temporal-statistics": lambda: Temporal(
-        D, M, k=3, modulation="statistics", default_timestep=400, dead_after=40
-    ),
+    "Temporal-statistics": lambda: Temporal(D, M, k=3, modulation="statistics", default_timestep=400, dead_after=40),
     "Temporal-none": lambda: Temporal(D, M, k=3, modulation="none", dead_after=40),
     "TopAFA": lambda: TopAFA(D, M, dead_after=40),
     "TopAFA-k_max": lambda: TopAFA(D, M, k_max=3, dead_after=40),

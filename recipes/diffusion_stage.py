@@ -1,4 +1,4 @@
-"""What the scripts that steer diffusion models have in common: a model, a dictionary, and what its latents are worth."""
+"""What the scripts that steer diffusion models have in common: a model, a dictionary, the unit of its latents."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Choosing latents of a diffusion model by what they do to its pictures, and finding what they do without being asked."""
+"""Choosing latents of a diffusion model by what they do to its pictures, asked or not."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -123,7 +123,7 @@ def describe(
     cosines = cosine_similarity(towards, effect.direction[None], dim=-1)
     best = cosines.topk(min(n, len(words)))
     named = tuple((words[i], float(c)) for c, i in zip(best.values, best.indices.tolist(), strict=True))
-    return Effect(effect.latents, effect.strength, effect.size, effect.consistency, effect.direction, named)
+    return replace(effect, description=named)
 
 
 @dataclass(frozen=True)
@@ -161,8 +161,8 @@ def discover(
 ) -> Discovery:
     """Find latents with a consistent effect on pictures, and words for it, without labels.
 
-    The pipeline of *Probing the Representational Power of Sparse Autoencoders in Vision Models*, arXiv 2508.11277, with
-    the protocol of `methods/multimodal.md` §11.3 where the paper gives none: each candidate is added with the same strength, its effect is
+    The pipeline of *Probing the Representational Power of Sparse Autoencoders in Vision Models*, arXiv 2508.11277; the
+    abstract leaves its details open, and these are ours: each candidate is added with the same strength, its effect is
     compared with that of random directions as long as the candidates' own steps, and named by the nearest word.
 
     Args:
@@ -231,9 +231,7 @@ def by_effect(
         after = judge.pictures(stage.pictures(Add(latent, strength)))
         effect = effect_of(before, after, [latent], strength)
         gain = float(((after - before) @ towards).mean())
-        found.append(
-            Effect(effect.latents, strength, effect.size, effect.consistency, effect.direction, ((text, gain),))
-        )
+        found.append(replace(effect, description=((text, gain),)))
         if progress is not None:
             progress(done + 1, len(candidates))
     return sorted(found, key=lambda effect: -effect.description[0][1])

@@ -42,8 +42,8 @@ class Judge:
         """A judge by name.
 
         Args:
-            name: "miniature:clip"; "ViT-B-32:laion2b_s34b_b79k", a model of open_clip and a tag or a file of weights; or
-                a folder or hub id of a CLIP or SigLIP of transformers.
+            name: "miniature:clip"; "ViT-B-32:laion2b_s34b_b79k", a model of open_clip and a tag or a file of weights;
+                or a folder or hub id of a CLIP or SigLIP of transformers.
             prompts: See the class.
             device: As for sources.
         """

@@ -100,7 +100,7 @@ class Transplant(LatentEdit):
 
     The latents that speak most for the edit get its codes, and those that speak most for the source lose theirs, inside
     the source's mask; the region of the edit's mask is stretched to it. Source: the representation-based editing and
-    RIEBench of *One-Step is Enough*, arXiv 2410.22366, with the protocol of `methods/multimodal.md` §14.4.
+    RIEBench of *One-Step is Enough*, arXiv 2410.22366; where it leaves the protocol open, this is ours.
 
     Args:
         edit: Traced from the edit prompt, with the seeds that will be drawn.
@@ -139,7 +139,7 @@ class Transplant(LatentEdit):
         B, T = context.shape
         step = int((self.times - float(context.time[0])).abs().argmin())
         theirs = self.codes[step].flatten(1, 2)  # [B', H * W, n]
-        if B % len(theirs) or T < theirs.shape[1]:
+        if B % len(theirs) or theirs.shape[1] > T:
             raise MmsaeError(
                 f"the transplant has {len(theirs)} pictures and {theirs.shape[1]} positions, the drawing {B} and {T}: "
                 "draw the same prompts and seeds in one batch."

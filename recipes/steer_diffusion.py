@@ -48,7 +48,7 @@ from mmsae.steering import (
 from mmsae.steering.drawing import Item, items_of, over
 from mmsae.steering.sheet import inline, sheet
 
-Kind = Literal["add", "clamp", "scale", "ablate", "only_latents", "reconstruct", "skip_block"]
+Kind = Literal["add", "clamp", "scale", "ablate", "replace", "reconstruct", "skip_block"]
 PROMPTS = ["a red seven at the left", "a green two at the top right"]
 
 
@@ -99,8 +99,8 @@ def steer_diffusion(
         candidates: Latents whose effect is tried out.
         strengths: Columns, in units of each latent's 99th percentile; of "scale" factors, of a transplant its share.
         seeds: Each prompt is drawn with each of them.
-        edit: "add" to the code, "clamp" it, "scale" it, "ablate" it, keep "only_latents" of the block, let it write
-            what the dictionary "reconstruct"s, or "skip_block".
+        edit: "add" to the code, "clamp" it, "scale" it, "ablate" it, "replace" the update of the block by it, let it
+            write what the dictionary "reconstruct"s, or "skip_block".
         half: Half of guidance; "opposed" pushes the other one to the other side.
         timesteps: Lowest and highest timestep at which the edit acts.
         box: Top, left, bottom, right in shares of the picture where it acts.
@@ -179,7 +179,7 @@ def edits_of(kind: Kind, latents: Sequence[int]) -> Any:
             return [Scale(latents, strength)]
         if kind == "ablate":
             return [Ablate(latents)] if strength else []
-        if kind == "only_latents":
+        if kind == "replace":
             return [Replace(), Add(latents, strength)]
         return ([Reconstruct()] if kind == "reconstruct" else [Replace()]) if strength else []
 

@@ -87,6 +87,8 @@ class Pipeline(Source):
                     batch[key] = torch.stack([torch.as_tensor(item[key]) for item in items])
         else:
             batch["prompt"] = [str(i.get("text") or "") if self.mode == "noise" else text_of(i) for i in items]
+        if any("negative_prompt" in item for item in items) and self._takes("negative_prompt"):
+            batch["negative_prompt"] = [str(item.get("negative_prompt") or "") for item in items]
         names = (f"{self.seed} {item['sample_id']} {item.get('text') or ''}" for item in items)
         batch["noise_seed"] = torch.tensor([zlib.crc32(name.encode()) for name in names])
         if self.mode == "noise":
@@ -120,6 +122,8 @@ class Pipeline(Source):
         }
         if "prompt" in batch:
             given["prompt"] = list(batch["prompt"])
+        if "negative_prompt" in batch:
+            given["negative_prompt"] = list(batch["negative_prompt"])
         if "class_label" in batch:
             given |= {"class_labels": batch["class_label"].tolist()}
             given["output_type"] = "pil" if output_type == "pil" else "pt"  # DiT gives no latents

@@ -156,8 +156,11 @@ class Unlearn(LatentEdit):
         """See the class."""
         if self.empty:
             return z
-        now = rows.context.time.float().cpu()  # [B] or [1]
-        step = (self.timesteps[:, None] - now[None]).abs().argmin(0).expand(rows.context.shape[0])
-        step = step[rows.example.cpu()]  # [R]
+        if len(self.timesteps) == 1:  # words of a text encoder know none
+            step = torch.zeros(len(z), dtype=torch.int64)
+        else:
+            now = rows.context.time.float().cpu()  # [B] or [1]
+            step = (self.timesteps[:, None] - now[None]).abs().argmin(0).expand(rows.context.shape[0])
+            step = step[rows.example.cpu()]  # [R]
         chosen, factor, usual = (x[step].to(z.device) for x in (self.chosen, self.factor, self.usual))
         return torch.where(chosen & (z > usual), factor.to(z) * z, z)

@@ -63,8 +63,8 @@ def unlearn_concept(
     run: str | None = None,
     sae: str | None = None,
     model: str | None = None,
-    percentiles: list[float] = [99.0, 99.5],  # noqa: B006
-    gammas: list[float] = [0.0, -0.5, -1.0, -2.0],  # noqa: B006
+    percentiles: list[float] = [97.0, 99.0],  # noqa: B006
+    gammas: list[float] = [-1.0, -2.0, -4.0],  # noqa: B006
     relative: bool = False,
     n_choose: int = 8,
     n_removed: int = 24,

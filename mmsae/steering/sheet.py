@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -36,14 +37,17 @@ def sheet(
         raise MmsaeError(f"a sheet of {len(rows)} rows and {len(columns)} columns needs as many pictures.")
     font, large = ImageFont.load_default(13), ImageFont.load_default(16)
     left = 12 + max((int(font.getlength(text)) for text in rows), default=0)
-    top, gap = (34 if title else 8) + 22, 4
+    headings = [wrapped(text, side, font) for text in columns]
+    lines = max((text.count("\n") + 1 for text in headings), default=1)
+    top, gap = (34 if title else 8) + 6 + 16 * lines, 4
     width = max(left + len(columns) * (side + gap), int(large.getlength(title)) + 16 if title else 0) + 4
     page = Image.new("RGB", (width, top + len(rows) * (side + gap) + 4), PAPER)
     pen = ImageDraw.Draw(page)
     if title:
         pen.text((8, 8), title, INK, large)
-    for j, text in enumerate(columns):
-        pen.text((left + j * (side + gap) + side / 2, top - 20), text, SOFT, font, anchor="ma")
+    for j, text in enumerate(headings):
+        at = (left + j * (side + gap) + side / 2, top - 4)
+        pen.multiline_text(at, text, SOFT, font, anchor="md", align="center")
     for i, row in enumerate(pictures):
         y = top + i * (side + gap)
         pen.text((8, y + side / 2), rows[i], SOFT, font, anchor="lm")
@@ -54,6 +58,18 @@ def sheet(
                 image.resize((side, round(side * image.height / image.width)), way), (left + j * (side + gap), y)
             )
     return page
+
+
+def wrapped(text: str, width: float, font: Any) -> str:
+    """The text in lines that are not wider than a cell, where its words allow it."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return "\n".join(lines)
 
 
 def inline(image: Image.Image, title: str, text: str = "", quality: int = 90) -> Picture:

@@ -8,7 +8,7 @@ from torch.utils.data import Dataset
 
 from datamodules.base import ActivationDataModule, Split
 from mmsae.errors import checked
-from mmsae.miniatures.questions import LABELS
+from mmsae.miniatures.questions import BEHIND, LABELS, OPEN
 from mmsae.miniatures.questions import SceneQuestions as QuestionSet
 
 
@@ -31,6 +31,11 @@ class SceneQuestions(ActivationDataModule):
     """
 
     factors: ClassVar[dict[str, tuple[str, ...]]] = LABELS
+    questions: ClassVar[dict[str, tuple[str, tuple[str, ...]]]] = {
+        factor: (question, tuple(f"{BEHIND.get(value, value)}." for value in LABELS[factor]))
+        for factor, question in OPEN.items()
+    }
+    """Label to a question that asks for it, and the answer for each of its values."""
 
     def __init__(
         self,

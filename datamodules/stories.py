@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 from datamodules.base import ActivationDataModule, Split
 from datamodules.splits import Items
 from mmsae.errors import checked
-from mmsae.miniatures.stories import FACTORS
+from mmsae.miniatures.stories import FACTORS, FEELINGS
 from mmsae.miniatures.stories import Stories as StorySet
 
 
@@ -29,6 +29,12 @@ class Stories(ActivationDataModule):
     """
 
     factors: ClassVar[dict[str, tuple[str, ...]]] = FACTORS
+    said: ClassVar[dict[str, tuple[tuple[str, ...], ...]]] = {
+        "animal": tuple((animal, f"{animal}s") for animal in FACTORS["animal"]),
+        "sentiment": (FEELINGS["sad"], FEELINGS["happy"]),
+        "gender": (("she", "her"), ("he", "his", "him")),
+    }
+    """Words that tell a value of a label, where they are not its name alone."""
 
     def __init__(
         self,

@@ -178,9 +178,18 @@ class LatentStore:
         names = [name for name in self.columns if name.startswith("label.")]
         return {name.removeprefix("label."): self.columns[name][first] for name in names}
 
-    def top_samples(self, latent: int, n: int) -> list[tuple[int, int, float]]:
-        """The samples with the strongest activations: place among `samples`, row, value; strongest first."""
+    def top_samples(self, latent: int, n: int, among: np.ndarray | None = None) -> list[tuple[int, int, float]]:
+        """The samples with the strongest activations: place among `samples`, row, value; strongest first.
+
+        Args:
+            latent: Which.
+            n: At most so many samples.
+            among: Rows that count, bool `[n_rows]`; None counts all.
+        """
         rows, values = self.of_latent(latent)
+        if among is not None:
+            counted = among[rows]
+            rows, values = rows[counted], values[counted]
         order = np.argsort(-np.abs(values), kind="stable")
         found: dict[int, tuple[int, int, float]] = {}
         place = self.samples[1]

@@ -20,11 +20,12 @@ from mmsae.cli.help import Formatter
 from mmsae.cores import SAECore
 from mmsae.errors import MmsaeError, nearest
 from mmsae.sources import Source
+from mmsae.steering.judges import Judge
 from mmsae.subclasses import subclasses
 
 BASES: dict[str, type[Any]] = {
     "core": SAECore, "also": SAECore, "source": Source, "data": ActivationDataModule, "analyses": Analysis,
-    "callbacks": Callback, "logger": Logger, "optimizer": Optimizer,
+    "callbacks": Callback, "logger": Logger, "optimizer": Optimizer, "judge": Judge,
 }  # fmt: skip
 """Last word of an option that names a class, and what the class must be."""
 

@@ -23,6 +23,7 @@ from mmsae.cores.multi_topk import MultiTopK
 from mmsae.cores.p_anneal import PAnneal
 from mmsae.cores.poly import PolySAE
 from mmsae.cores.relu import ReLU
+from mmsae.cores.saev import SAEV
 from mmsae.cores.scikit import ICA, NMF, KMeans
 from mmsae.cores.semi_nmf import SemiNMF
 from mmsae.cores.shared_dictionary import SharedDictionary
@@ -38,6 +39,7 @@ __all__ = [
     "ITDA",
     "NMF",
     "PCA",
+    "SAEV",
     "VLSAE",
     "AbsTopK",
     "Affine",

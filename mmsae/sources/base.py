@@ -98,9 +98,27 @@ class Source(ABC):
         """What the model decides: logits `[n, n_classes]`, and the true classes int64 `[n]`, -1 where unknown."""
         raise MmsaeError(f"{type(self).__name__} knows no loss of its model: give a source with a task.")
 
+    def generate(self, items: list[dict[str, Any]], **settings: Any) -> list[dict[str, Any]]:
+        """What the model makes of items by itself, one entry each: a `text` that it writes, or a `posterior`.
+
+        A `posterior` maps labels to probabilities of their values, `[n_values]`, on the CPU.
+
+        Args:
+            items: As `collate` takes them; answers at the end of a dialogue are left out.
+            settings: Of models that write: `max_new_tokens`, `temperature` (0: the likeliest token), `seed`.
+        """
+        raise MmsaeError(
+            f"{type(self).__name__} neither writes nor decides: give a source with a task or prompts, or let a probe "
+            "decide."
+        )
+
     def render(self, item: dict[str, Any]) -> dict[str, Any]:
         """An item for a reader: `{"kind": "image", "image", "text"}`, or `{"kind": "text", "tokens"}`, as positions."""
         return {"kind": "text", "tokens": [str(item.get("text", item.get("sample_id", "")))]}
+
+    def render_stream(self, item: dict[str, Any], stream: str) -> dict[str, Any]:
+        """What one stream of a pair sees of an item, for a reader, in the same form; by default all of it."""
+        return self.render(item)
 
     def describe(self) -> dict[str, Any]:
         """What identifies the model, JSON: name, weights, arguments."""

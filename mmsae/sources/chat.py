@@ -47,15 +47,17 @@ def coded_dialogue(tokenizer: Any, messages: Sequence[Message], template: str | 
     return Coded(coded["input_ids"], {"role": roles}, text, offsets)
 
 
-def rendered(tokenizer: Any, messages: Sequence[Message], template: str | None = None) -> str:
-    """The text that the model reads."""
+def rendered(tokenizer: Any, messages: Sequence[Message], template: str | None = None, answer: bool = False) -> str:
+    """The text that the model reads; with `answer` up to where its own answer begins."""
     if template is None and not tokenizer.chat_template:
         raise MmsaeError(
             f"the tokenizer {tokenizer.name_or_path!r} has no chat template; give the source chat_template=, a Jinja "
             "template or a file that holds one."
         )
     try:
-        return tokenizer.apply_chat_template(list(messages), tokenize=False, chat_template=template)
+        return tokenizer.apply_chat_template(
+            list(messages), tokenize=False, chat_template=template, add_generation_prompt=answer
+        )
     except Exception as error:  # of jinja2, or whatever a template raises
         raise MmsaeError(f"the chat template refuses a dialogue ({first_line(error)}).") from error
 

@@ -81,6 +81,10 @@ class ImageSource(Source):
         labels = batch["columns"].get("label.class", torch.full((len(output),), -1))
         return output, labels.to(output.device)
 
+    def generate(self, items: list[dict[str, Any]], **settings: Any) -> list[dict[str, Any]]:
+        """The posterior of `class`, with `task="classification"`."""
+        return decided(self, items) if self.task == "classification" else super().generate(items, **settings)
+
     def render(self, item: dict[str, Any]) -> dict[str, Any]:
         """The picture and its caption."""
         return render_image(item)
@@ -117,6 +121,13 @@ def stacked(tensors: list[Tensor]) -> Tensor:
         shown = ", ".join(map(str, sorted(shapes)))
         raise MmsaeError(f"the inputs of one batch have different shapes ({shown}); make them equal with a transform.")
     return torch.stack(tensors)
+
+
+@torch.no_grad()
+def decided(source: Source, items: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Posteriors of the class for each item, from the logits that a classifier returns."""
+    logits = source.forward(source.collate(items)).float().cpu()
+    return [{"posterior": {"class": row}} for row in logits.softmax(-1)]
 
 
 def classification(output: Any, batch: dict[str, Any]) -> dict[str, Tensor]:

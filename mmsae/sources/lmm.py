@@ -16,8 +16,9 @@ from torch.nn.utils.rnn import pad_sequence
 from mmsae.errors import MmsaeError
 from mmsae.hooks import differentiable, edit
 from mmsae.layout import from_positions, to_positions
-from mmsae.sources.base import MODALITIES
-from mmsae.sources.chat import ROLES, template_of
+from mmsae.sources.base import _ONE_AT_A_TIME, MODALITIES
+from mmsae.sources.chat import ROLES, rendered, template_of
+from mmsae.sources.generation import asked, write
 from mmsae.sources.image_chat import conversation_of, roles_of, said, spans_of
 from mmsae.sources.image_tokens import DYNAMIC, Picture, Places, Tracer, nothing
 from mmsae.sources.items import example_images, render_image
@@ -41,7 +42,7 @@ ASSISTANT = ROLES.index("assistant")
 
 class VisionLanguage(TextModel):
     """A multimodal model of transformers, read on pictures and words: LLaVA, LLaVA-NeXT, LLaVA-OneVision, Qwen2-VL,
-    Qwen2.5-VL, Idefics3, SmolVLM, Gemma 3 and others of `AutoModelForImageTextToText`.
+    Qwen2.5-VL, Idefics3, SmolVLM, Gemma 3, Chameleon and others of `AutoModelForImageTextToText`.
 
     Items hold a conversation as `messages`, each with a `role` and a `content` of parts `{"type": "image"}` and
     `{"type": "text", "text": ...}`, with the pictures under `image` or `images` (or in their parts); or an `image` with
@@ -274,6 +275,36 @@ class VisionLanguage(TextModel):
         }
         return model(**moved, use_cache=False)
 
+    def generate(
+        self,
+        items: list[dict[str, Any]],
+        max_new_tokens: int = 32,
+        temperature: float = 0.0,
+        seed: int = 0,
+        **settings: Any,
+    ) -> list[dict[str, Any]]:
+        """Answers to questions about pictures, see `mmsae.sources.generation.write`."""
+        model: Any = self.model
+        prompts, pictures = zip(*(self._question(item) for item in items), strict=True)
+
+        def inputs(rows: list[int]) -> dict[str, Tensor]:
+            """The pictures of some items, as the processor makes them of all together."""
+            text, images = [pictures[i][0] for i in rows], [pictures[i][1] for i in rows]
+            coded = self._processed(text, images, [items[i] for i in rows])
+            known = ("input_ids", "attention_mask", "offset_mapping", "text_replacement_offsets")
+            kept = {name: value for name, value in coded.items() if name not in known and isinstance(value, Tensor)}
+            return {n: v.to(self.placed, model.dtype if v.is_floating_point() else None) for n, v in kept.items()}
+
+        with _ONE_AT_A_TIME:
+            return write(model, prompts, self.tokenizer, inputs, max_new_tokens, temperature, seed)
+
+    def _question(self, item: dict[str, Any]) -> tuple[list[int], tuple[str, list[Any]]]:
+        """Tokens of an item up to the answer; its text, placeholders not expanded, and its pictures."""
+        messages, images = conversation_of(item, self.prompt)
+        talk = asked(messages, item.get("sample_id"))
+        text = rendered(self.processor, talk, self.template, answer=True)  # type: ignore[arg-type]
+        return self._processed([text], [images], [item])["input_ids"][0].tolist(), (text, images)
+
     def predictions(self, output: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Logits of every token of the answers, and the token that came."""
         answered = self._answered(batch).to(output.logits.device)
@@ -442,7 +473,7 @@ class VisionLanguage(TextModel):
 
     def example_items(self) -> list[dict[str, Any]]:
         """Plain pictures with a caption."""
-        side = getattr(self.model_config.vision_config, "image_size", None)
+        side = getattr(getattr(self.model_config, "vision_config", None), "image_size", None)  # Chameleon has none
         return example_images(side if isinstance(side, int) else 112)
 
     def describe(self) -> dict[str, Any]:

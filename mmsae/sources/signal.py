@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mmsae.errors import MmsaeError, checked, nearest
 from mmsae.sources.base import Source
-from mmsae.sources.image import Task, classification, stacked
+from mmsae.sources.image import Task, classification, decided, stacked
 from mmsae.sources.positions import patch_kinds
 from mmsae.sources.weights import first_line, load_weights, located, needs
 
@@ -198,6 +198,10 @@ class Signal(Source):
             return super().predictions(output, batch)
         labels = batch["columns"].get("label.class", torch.full((len(output),), -1))
         return output, labels.to(output.device)
+
+    def generate(self, items: list[dict[str, Any]], **settings: Any) -> list[dict[str, Any]]:
+        """The posterior of `class`, with `task="classification"`."""
+        return decided(self, items) if self.task == "classification" else super().generate(items, **settings)
 
     def render(self, item: dict[str, Any]) -> dict[str, Any]:
         """The curves in physical units, as they were recorded."""

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 
 from mmsae.errors import MmsaeError, checked
-from mmsae.sources.base import Source
-from mmsae.sources.chat import coded_dialogue, template_of
+from mmsae.sources.base import _ONE_AT_A_TIME, Source
+from mmsae.sources.chat import coded_dialogue, rendered, template_of
+from mmsae.sources.generation import asked, write
 from mmsae.sources.items import text_of
 from mmsae.sources.positions import DELIMITER, ORDINARY, PADDING, PREFIX
 from mmsae.sources.tokens import Coded, readable, special_tokens
@@ -235,6 +236,29 @@ class CausalLM(TextModel):
         """The output of the model, with `logits` `[B, T, vocabulary]`."""
         ids, mask = (batch[key].to(self.placed) for key in ("input_ids", "attention_mask"))
         return self.model(input_ids=ids, attention_mask=mask, use_cache=False)
+
+    def generate(
+        self,
+        items: list[dict[str, Any]],
+        max_new_tokens: int = 32,
+        temperature: float = 0.0,
+        seed: int = 0,
+        **settings: Any,
+    ) -> list[dict[str, Any]]:
+        """Continuations of texts, or answers to dialogues, see `mmsae.sources.generation.write`."""
+        model, prompts = self.model, [self._prompt(item) for item in items]
+        with _ONE_AT_A_TIME:
+            return write(model, prompts, self.tokenizer, None, max_new_tokens, temperature, seed)
+
+    def _prompt(self, item: dict[str, Any]) -> Sequence[int]:
+        """The tokens that an item begins with."""
+        if item.get("input_ids") is None and "messages" in item:
+            talk = asked(item["messages"], item.get("sample_id"))
+            text = rendered(self.tokenizer, talk, self.template, answer=True)
+            return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = list(self.coded(item).ids)
+        end = self.tokenizer.eos_token_id
+        return ids[:-1] if len(ids) > 1 and ids[-1] == end else ids  # some tokenizers end every text
 
     def predictions(self, output: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Logits of every predicted token, and the token that came."""

@@ -59,6 +59,35 @@ class TwoTowers(Source):
         with torch.inference_mode(False), torch.no_grad():
             return normalize(other.forward(other.collate(items)).float(), dim=-1)
 
+    @torch.no_grad()
+    def generate(
+        self, items: list[dict[str, Any]], prompts: Mapping[str, Sequence[str]] | None = None, **settings: Any
+    ) -> list[dict[str, Any]]:
+        """The zero-shot posterior of every label that has prompts.
+
+        Args:
+            items: For the first tower.
+            prompts: Name of a label to one text for each value, instead of the source's own.
+            settings: Not used.
+        """
+        own = prompts is None
+        chosen = self.prompts if prompts is None else prompts
+        if not chosen or self.tower == "text":
+            raise MmsaeError(
+                f"{type(self).__name__} decides between texts: set tower={self.towers[0]} and prompts of the source."
+            )
+        embedded = {label: self._embedded(label) if own else self.embed_texts(t) for label, t in chosen.items()}
+        x = normalize(self.forward(self.collate(items)).float(), dim=-1)
+        scale = self.scale().float().to(x)
+        found = {label: (scale * x @ e.to(x).T).softmax(-1).cpu() for label, e in embedded.items()}
+        return [{"posterior": {label: rows[i] for label, rows in found.items()}} for i in range(len(items))]
+
+    def _embedded(self, label: str) -> Tensor:
+        """Unit embeddings of the prompts of a label, made once."""
+        if label not in self._prompts:
+            self._prompts[label] = self.embed_texts(self.prompts[label])
+        return self._prompts[label]
+
     def outcomes(self, output: Tensor, batch: dict[str, Any]) -> dict[str, Tensor]:
         """`accuracy_<factor>` (0 or 1): is the prompt nearest to the input the true one? NaN without a label."""
         return {
@@ -90,8 +119,6 @@ class TwoTowers(Source):
                 continue
             if int(truth.max()) >= len(texts):
                 raise MmsaeError(f"the label {factor}={int(truth.max())} has no prompt: there are {len(texts)}.")
-            if factor not in self._prompts:
-                self._prompts[factor] = self.embed_texts(texts)
-            logits = self.scale() * normalize(output, dim=-1) @ self._prompts[factor].to(output).T
+            logits = self.scale() * normalize(output, dim=-1) @ self._embedded(factor).to(output).T
             found[factor] = (logits, truth.to(output.device))
         return found

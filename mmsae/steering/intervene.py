@@ -22,7 +22,7 @@ from mmsae.sources.base import Source
 from mmsae.steering.context import Context, Tracker
 from mmsae.steering.edits import Add, CodesEdit, Edit, LatentEdit, Rows, VectorEdit
 
-__all__ = ["Intervention", "codes_at", "intervene", "steer"]
+__all__ = ["Intervention", "codes_at", "edited", "intervene", "steer"]
 
 
 @dataclass
@@ -128,6 +128,19 @@ def codes_at(
         run()
     x, _ = to_positions(next(iter(found.values())), channels_last)
     return dictionary.to(x.device).encode(x.float())
+
+
+@torch.no_grad()
+def edited(what: Intervention, x: Tensor) -> Tensor:
+    """What an intervention makes of activations `[R, d]` as such, without running a model; `where` does not count.
+
+    Args:
+        what: Edits that ask about the running call (masks, `Patch` of several positions) cannot be told anything.
+        x: Activations at the hook point.
+    """
+    here = torch.arange(len(x), device=x.device)
+    rows = Rows(Context((len(x), 1), x.device), here, torch.zeros_like(here))
+    return _Operator(what, Tracker(nn.Identity()), False)._edited(_wide(x), rows).to(x.dtype)
 
 
 def modules_of(model: Any) -> tuple[nn.Module, Any]:

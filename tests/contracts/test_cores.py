@@ -16,6 +16,7 @@ from mmsae.cores import (
     ITDA,
     NMF,
     PCA,
+    SAEV,
     VLSAE,
     AbsTopK,
     Affine,
@@ -125,6 +126,8 @@ CASES = {
     "RandomDictionary": lambda: RandomDictionary(D, M, k=3),
     "ReLU": lambda: ReLUCore(D, M, l1_coefficient=0.1),
     "ReLU-unit": lambda: ReLUCore(D, M, l1_coefficient=0.1, decoder_norm="unit"),
+    "SAEV": lambda: SAEV(D, M, target_l0=4, l1_coefficient=0.1),
+    "SAEV-free": lambda: SAEV(D, M, target_l0=None, l1_coefficient=0.1, decoder_norm="free"),
     "TopK": lambda: TopKCore(D, M, k=3, dead_after=40),
 }
 TRANSCODERS = {
@@ -143,6 +146,7 @@ TRANSCODERS = {
     "JumpReLU": lambda: JumpReLU({"x": D, TARGET: 7}, M, target_l0=4, threshold=0.3),
     "Matryoshka": lambda: Matryoshka({"x": D, TARGET: 7}, M, k=3),
     "ReLU": lambda: ReLUCore({"x": D, TARGET: 7}, M),
+    "SAEV": lambda: SAEV({"x": D, TARGET: 7}, M, target_l0=4),
     "TopK": lambda: TopKCore({"x": D, TARGET: 7}, M, k=3),
 }
 MODES = ("none", "center", "scale", "center_scale", "whiten")
@@ -165,6 +169,8 @@ def batch_of(x, core):
         acts[TARGET] = x[..., : core.spec.d_out] ** 2
     if GRADS in core.needs:
         return {ACTS: acts, GRADS: {stream: 1e-3 * x.cos() for stream, x in acts.items()}}
+    if "token_type" in core.needs:
+        return {ACTS: acts, "token_type": torch.arange(len(x)) % 2}
     return {ACTS: acts}
 
 

@@ -234,10 +234,12 @@ def test_transplants_act_inside_masks_and_move_what_they_take(scenes):
     assert_close(one.codes[0, 0, 4:, :4], edit.codes[0, 0, :4, 4:][..., one.latents].float(), atol=1e-3, rtol=1e-3)
     with pytest.raises(MmsaeError, match="nothing to transplant"):
         Transplant(plain, plain, 5)
+    many = [
+        trace(scenes, core, SCENE, [{"sample_id": i, "text": text} for i in range(4)], range(4))
+        for text in ("a two", "a one")
+    ]
     with pytest.raises(MmsaeError, match="one batch"):
-        draw(scenes, ["a red one"] * 3, [1, 2, 3], [Intervention(core, SCENE, [Transplant(
-            trace(scenes, core, SCENE, [{"sample_id": i, "text": "a two"} for i in range(4)], range(4)),
-            trace(scenes, core, SCENE, [{"sample_id": i, "text": "a one"} for i in range(4)], range(4)))])])  # fmt: skip
+        draw(scenes, ["a red one"] * 3, [1, 2, 3], [Intervention(core, SCENE, [Transplant(*many)])])
 
 
 def test_maps_are_stretched():

@@ -3,6 +3,7 @@
 from mmsae.steering.attribution import Attribution, attribute
 from mmsae.steering.context import Context
 from mmsae.steering.directions import difference_in_means, probe_direction, random_direction
+from mmsae.steering.dose import DoseResponse, score
 from mmsae.steering.edits import (
     Ablate,
     Add,
@@ -23,8 +24,11 @@ from mmsae.steering.edits import (
     SuppressRange,
     VectorEdit,
 )
-from mmsae.steering.intervene import Intervention, codes_at, columns_of, intervene, steer
+from mmsae.steering.experiment import Arm, Experiment, experiment
+from mmsae.steering.intervene import Intervention, codes_at, columns_of, edited, intervene, steer
+from mmsae.steering.judges import Judge, RuleJudge, axbench
 from mmsae.steering.posterior import ConceptPosterior
+from mmsae.steering.readouts import PosteriorReadout, Probe, Readout, deciding
 from mmsae.steering.select import (
     Selection,
     frequency_difference,
@@ -34,6 +38,7 @@ from mmsae.steering.select import (
     nearest,
     quantiles,
 )
+from mmsae.steering.sweep import Site, calibrate, sweep
 from mmsae.steering.where import (
     At,
     Between,
@@ -48,12 +53,16 @@ from mmsae.steering.where import (
     TokenIds,
     Where,
 )
+from mmsae.steering.word_readouts import AnswerReadout, ContinuationReadout
 
 __all__ = [
-    "Ablate", "Add", "AddVector", "At", "Attenuate", "Attribution", "Between", "Box", "Clamp", "CodesEdit",
-    "ConceptPosterior", "Conditional", "Context", "Edit", "Examples", "Generated", "ImageTokens", "Intervention",
-    "LatentEdit", "Mask", "Only", "Patch", "Project", "Reconstruct", "Replace", "Rows", "Scale", "Selection", "Steps",
-    "Suppress", "SuppressRange", "Timesteps", "TokenIds", "VectorEdit", "Where", "attribute", "codes_at", "columns_of",
-    "difference_in_means", "frequency_difference", "intervene", "matched_random", "mean_difference", "means", "nearest",
-    "probe_direction", "quantiles", "random_direction", "steer",
+    "Ablate", "Add", "AddVector", "AnswerReadout", "Arm", "At", "Attenuate", "Attribution", "Between", "Box",
+    "Clamp", "CodesEdit", "ConceptPosterior", "Conditional", "Context", "ContinuationReadout", "DoseResponse",
+    "Edit", "Examples", "Experiment", "Generated", "ImageTokens", "Intervention", "Judge", "LatentEdit", "Mask",
+    "Only", "Patch", "PosteriorReadout", "Probe", "Project", "Readout", "Reconstruct", "Replace", "Rows",
+    "RuleJudge", "Scale", "Selection", "Site", "Steps", "Suppress", "SuppressRange", "Timesteps", "TokenIds",
+    "VectorEdit", "Where", "attribute", "axbench", "calibrate", "codes_at", "columns_of", "deciding",
+    "difference_in_means", "edited", "experiment", "frequency_difference", "intervene", "matched_random",
+    "mean_difference", "means", "nearest", "probe_direction", "quantiles", "random_direction", "score", "steer",
+    "sweep",
 ]  # fmt: skip

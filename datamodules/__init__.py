@@ -15,6 +15,7 @@ from datamodules.scene_questions import SceneQuestions
 from datamodules.scenes import Scenes
 from datamodules.science_images import ScienceImages
 from datamodules.signal_arrays import SignalArrays
+from datamodules.simulated_e4_sessions import SimulatedE4Sessions
 from datamodules.simulated_ecgs import SimulatedECGs
 from datamodules.sounds import Sounds
 from datamodules.stored import Stored
@@ -26,6 +27,6 @@ from datamodules.wfdb_records import WFDBRecords
 __all__ = [
     "ActivationDataModule", "AudioFolder", "Conversations", "Dialogues", "E4Sessions", "EDFRecordings",
     "HuggingFaceText", "ImageFolder", "ImageText", "Prompts", "ScenePrompts", "SceneQuestions", "Scenes",
-    "ScienceImages", "SignalArrays", "SimulatedECGs", "Sounds", "Stored", "Stories", "TextFiles", "TorchvisionData",
-    "WFDBRecords",
+    "ScienceImages", "SignalArrays", "SimulatedE4Sessions", "SimulatedECGs", "Sounds", "Stored", "Stories", "TextFiles",
+    "TorchvisionData", "WFDBRecords",
 ]  # fmt: skip

@@ -65,7 +65,7 @@ class AudioFolder(ActivationDataModule):
         if (group or labels) and captions is None:
             raise MmsaeError("group and labels are columns of a table: give captions.")
         self._by_split: dict[Split, Dataset[dict[str, Any]]] = {}
-        _ = self._sounds  # a wrong folder must be told before any model is loaded
+        _ = self._lengths  # a wrong folder and damaged sounds, of any split, must be told before any model is loaded
 
     @property
     def factors(self) -> dict[str, tuple[str, ...]]:  # type: ignore[override]
@@ -74,7 +74,7 @@ class AudioFolder(ActivationDataModule):
 
     def items(self, split: Split) -> Dataset[dict[str, Any]]:
         """Paths and where to begin; sources read the samples."""
-        if split not in self._by_split:  # the length of every file is looked up
+        if split not in self._by_split:
             self._by_split[split] = Items([part for i in self._chosen(split) for part in self._parts(i)], self._item)
         return self._by_split[split]
 
@@ -91,12 +91,17 @@ class AudioFolder(ActivationDataModule):
     def _parts(self, index: int) -> list[_Part]:
         path, text, values, _ = self._sounds[index]
         labels = {name: self._values[name].index(value) for name, value in values.items() if name in self._values}
-        samples, rate = sound_length(path)
-        seconds = samples / rate
+        seconds = self._lengths[index]
         window = self.window_s or seconds
         starts = [i * window for i in range(max(1, int(seconds // window) + 1))]
         kept = [s for s in starts if s == 0 or seconds - s >= SHORTEST_S]
         return [_Part(path, start, min(window, seconds - start), text, labels) for start in kept]
+
+    @cached_property
+    def _lengths(self) -> list[float]:
+        """Seconds of every sound, from its header; a file that is cut off is refused."""
+        found = (sound_length(path) for path, *_ in self._sounds)
+        return [samples / rate for samples, rate in found]
 
     @cached_property
     def _own_splits(self) -> bool:

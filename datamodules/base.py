@@ -146,6 +146,16 @@ class ActivationDataModule(L.LightningDataModule):
             return render_image(item)
         return {"kind": "text", "tokens": str(item.get("text", "")).split()}
 
+    def render_stream(self, item: dict[str, Any], stream: str) -> dict[str, Any]:
+        """What one stream of a pair sees of an example, such as its caption alone."""
+        if self.source is not None:
+            return self.source.render_stream(item, stream)
+        return {"kind": "text", "tokens": [str(item.get("text", ""))]} if stream == "text" else self.render(item)
+
+    def stated(self, split: Split) -> dict[str, np.ndarray]:
+        """Factor to whether the text of each example says it, bool by `sample_id`; factors left out are said always."""
+        return {}
+
     def rows(self, split: Split, rank: int = 0, world_size: int = 1, skip: int = 0) -> Rows:
         """Activation rows of a split in order, with all metadata; of one rank, without its first `skip` batches."""
         return Rows(self, split, rank, world_size, skip)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import json
 import re
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -89,6 +90,20 @@ class Conversations(ActivationDataModule):
             raise MmsaeError(f"data.path={self.path} names no .jsonl file.")
         return files
 
+    def lines(self) -> Iterator[Line]:
+        """Every conversation as it stands in its file, of all splits, in order."""
+        return (Line(self._files[file], number, line) for file, number, _, line in self._read())
+
+    def _read(self) -> Iterator[tuple[int, int, int, bytes]]:
+        """File, number from 1, first byte and content of every line that is not blank."""
+        for file, path in enumerate(self._files):
+            place = 0
+            with path.open("rb") as opened:
+                for number, line in enumerate(opened, 1):
+                    if line.strip(b"\xef\xbb\xbf \r\n\t"):
+                        yield file, number, place, line
+                    place += len(line)
+
     @cached_property
     def _lines(self) -> np.ndarray:
         """File, first byte and group of every conversation, int64 `[n, 3]`; what shares a picture is one group.
@@ -103,26 +118,35 @@ class Conversations(ActivationDataModule):
                 group = parent[group]
             return group
 
-        for number, path in enumerate(self._files):
-            place = 0
-            with path.open("rb") as opened:
-                for line_number, line in enumerate(opened, 1):
-                    if line.strip(b"\xef\xbb\xbf \r\n\t"):
-                        where = f"{path}, line {line_number}"
-                        own = len(parent)
-                        parent.append(own)
-                        for name in conversation_of(line, where).pictures:
-                            picture = self._where(number, name)
-                            if picture not in group_of and not picture.is_file():
-                                raise MmsaeError(f"{where}: there is no picture {str(picture)!r}.")
-                            parent[root(own)] = root(group_of.setdefault(picture, own))
-                        lines.append((number, place, own))
-                    place += len(line)
+        for number, line_number, place, line in self._read():
+            where = f"{self._files[number]}, line {line_number}"
+            own = len(parent)
+            parent.append(own)
+            for name in conversation_of(line, where).pictures:
+                picture = self._where(number, name)
+                if picture not in group_of and not picture.is_file():
+                    raise MmsaeError(f"{where}: there is no picture {str(picture)!r}.")
+                parent[root(own)] = root(group_of.setdefault(picture, own))
+            lines.append((number, place, own))
         if not lines:
             raise MmsaeError(f"data.path={self.path} holds no conversation.")
         found = np.array(lines, np.int64)
         _, found[:, 2] = np.unique([root(int(own)) for own in found[:, 2]], return_inverse=True)
         return found
+
+
+class Line(NamedTuple):
+    """A conversation as it stands in a file.
+
+    Attributes:
+        file: The file.
+        number: Of the line, from 1.
+        data: Its bytes, with the end of line if there is one.
+    """
+
+    file: Path
+    number: int
+    data: bytes
 
 
 class Conversation(NamedTuple):

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from datamodules.base import ActivationDataModule, Split
 from datamodules.splits import Items
-from datamodules.tables import TABLES, Captioned, captioned, cut_groups
+from datamodules.tables import TABLES, TEXT_COLUMNS, Captioned, captioned, cut_groups
 from mmsae.errors import MmsaeError
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp")
@@ -86,7 +86,10 @@ class ImageText(ActivationDataModule):
         def make(index: int, sample_id: int) -> dict[str, Any]:
             row = self._rows[index]
             if not row.text.strip():
-                raise MmsaeError(f"the picture {row.file.name!r} has no caption in {Path(self.path).name}.")
+                raise MmsaeError(
+                    f"the picture {row.file.name!r} has no caption in {Path(self.path).name}; captions are in a column "
+                    f"{', '.join(TEXT_COLUMNS[:-1])} or {TEXT_COLUMNS[-1]}."
+                )
             labels = {name: values[name].index(value) for name, value in zip(self.labels, row.more, strict=True)}
             return {"image": str(row.file), "text": row.text, "sample_id": sample_id, "labels": labels}
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import numpy as np
 from torch.utils.data import Dataset
 
 from datamodules.base import ActivationDataModule, Split
 from mmsae.errors import checked
-from mmsae.miniatures.sounds import FACTORS
+from mmsae.miniatures.sounds import FACTORS, mentions
 from mmsae.miniatures.sounds import Sounds as SoundSet
 
 
@@ -37,3 +38,8 @@ class Sounds(ActivationDataModule):
     def items(self, split: Split) -> Dataset[dict[str, Any]]:
         """Samples, captions and labels."""
         return SoundSet(split, {"train": self.n_train, "val": self.n_val, "test": self.n_test}[split], self.sound_seed)
+
+    def stated(self, split: Split) -> dict[str, np.ndarray]:
+        """A caption says about half of the time one factor, else some of them."""
+        said = [mentions(text) for text in self.items(split).captions()]  # type: ignore[attr-defined]
+        return {factor: np.array([factor in facts for facts in said]) for factor in FACTORS}

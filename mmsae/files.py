@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all, and survive a power cut right after; the folder is made if need be."""
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to that takes the place of `path` when all went well, and survives a power cut right after.
+
+    The folder is made if need be; after an error `path` is as it was.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     try:
         with open(part, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
@@ -21,6 +28,12 @@ def write_atomic(path: Path, data: bytes) -> None:
         part.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all, and survive a power cut right after; the folder is made if need be."""
+    with replacing(path) as file:
+        file.write(data)
 
 
 def sync_folder(folder: Path) -> None:

@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
@@ -34,6 +35,7 @@ from mmsae.layout import from_positions, to_positions
 __all__ = ["HookPoint", "capture", "differentiable", "edit", "from_positions", "parse", "resolve", "to_positions"]
 
 Where = Literal["output", "input", "delta"]
+_STANCE, _uncompiled = threading.Lock(), 0
 SYNTAX = re.compile(r"(?P<path>[^:]*)(:(?P<where>input|output|delta)(\[(?P<select>[^\[\]]+)\])?)?")
 
 
@@ -237,14 +239,27 @@ def differentiable(model: nn.Module, hook_points: Sequence[HookPoint | str]) -> 
         yield found
 
 
-def uncompiled() -> AbstractContextManager:
+@contextmanager
+def uncompiled() -> Iterator[None]:
     """Run what `torch.compile` has compiled, or would compile, in plain Python while the `with` is open.
 
     Compiled code does not notice hooks that came after it, and would keep those that were there when it was made.
     """
+    global _uncompiled
     if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import takes seconds
-        return nullcontext()
-    return torch.compiler.set_stance("force_eager")
+        yield
+        return
+    with _STANCE:  # one for all threads: the first in sets it, the last out takes it back
+        _uncompiled += 1
+        if _uncompiled == 1:
+            torch.compiler.set_stance("force_eager")
+    try:
+        yield
+    finally:
+        with _STANCE:
+            _uncompiled -= 1
+            if _uncompiled == 0:
+                torch.compiler.set_stance("default")
 
 
 class _Stop(BaseException):  # not an Exception: the model's own `except Exception` must not swallow it
@@ -293,7 +308,9 @@ def _replaced(point: HookPoint, function: Callable[[Tensor], Tensor], old: Tenso
             f"the edit at {point.name!r} returned {given} for a tensor of shape {tuple(old.shape)}; "
             "it must return a tensor of equal shape."
         )
-    return new.to(old)
+    new = new.to(old)
+    # in another layout of the memory the modules behind would take other kernels, and round differently
+    return new if new.stride() == old.stride() else torch.empty_like(old, requires_grad=False).copy_(new)
 
 
 def _all_fired(model: nn.Module, points: Sequence[HookPoint], fired: set[str] | dict[str, Tensor]) -> None:

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from mmsae.cores.base import SAECore
 from mmsae.errors import MmsaeError
-from mmsae.spec import Batch, in_float32, rows_of
+from mmsae.spec import Batch, in_float32
 from mmsae.store import CodeStore
 
 PAIRS_AT_ONCE = 1 << 24
@@ -67,11 +67,11 @@ class LatentStore:
         for batch in tqdm(batches, desc=f"encoding {split}".strip(), leave=False, disable=None):
             with torch.no_grad():
                 codes = core.encode(core.inputs(in_float32(batch)), batch)
+            codes, metadata = core.by_row(codes, {k: v for k, v in batch.items() if isinstance(v, Tensor)})
             parts.append(to_csr(codes))
-            for name, column in batch.items():
-                if isinstance(column, Tensor):
-                    columns.setdefault(name, []).append(column.cpu().numpy())
-            n_rows += rows_of(batch)
+            for name, column in metadata.items():
+                columns.setdefault(name, []).append(column.cpu().numpy())
+            n_rows += parts[-1].shape[0]
             if n_rows >= max_rows:
                 split = ""
                 break
@@ -178,9 +178,18 @@ class LatentStore:
         names = [name for name in self.columns if name.startswith("label.")]
         return {name.removeprefix("label."): self.columns[name][first] for name in names}
 
-    def top_samples(self, latent: int, n: int) -> list[tuple[int, int, float]]:
-        """The samples with the strongest activations: place among `samples`, row, value; strongest first."""
+    def top_samples(self, latent: int, n: int, among: np.ndarray | None = None) -> list[tuple[int, int, float]]:
+        """The samples with the strongest activations: place among `samples`, row, value; strongest first.
+
+        Args:
+            latent: Which.
+            n: At most so many samples.
+            among: Rows that count, bool `[n_rows]`; None counts all.
+        """
         rows, values = self.of_latent(latent)
+        if among is not None:
+            counted = among[rows]
+            rows, values = rows[counted], values[counted]
         order = np.argsort(-np.abs(values), kind="stable")
         found: dict[int, tuple[int, int, float]] = {}
         place = self.samples[1]

@@ -17,6 +17,9 @@ GRADS = "grads"
 TARGET = "target"
 """Stream that a transcoder reconstructs; without it the input is its own target."""
 
+MODALITIES = {"image": 0, "text": 1, "audio": 2, "signal": 3, "video": 4, "volume": 5, "graph": 6, "other": 7}
+"""Name of a modality to its number in the batch column `modality`; numbers are in stores, so only append."""
+
 Batch = dict[str, Any]
 """`acts`, `grads` where asked for, and one tensor per metadata column, each with one entry per row."""
 

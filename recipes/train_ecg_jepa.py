@@ -37,6 +37,8 @@ def train(
     lr: float = 2e-3,
     weight_decay: float = 0.01,
     momentum: float = 0.996,
+    variance: float = 0.0,
+    covariance: float = 0.0,
     dim: int = 64,
     depth: int = 2,
     heads: int = 4,
@@ -55,6 +57,8 @@ def train(
         lr: Highest learning rate; it warms up over a tenth of the steps and falls along a cosine.
         weight_decay: Weight decay of the matrices.
         momentum: Of the target encoder at the start; it rises to .9995 at the end.
+        variance: Weight of the term that keeps the tokens' deviations up, see `mmsae.encoders.JEPA`.
+        covariance: Weight of the term that keeps their numbers from saying the same.
         dim: Width of the encoder; that of the predictor is half of it.
         depth: Blocks of the encoder, and of the predictor.
         heads: Attention heads of both.
@@ -68,7 +72,7 @@ def train(
         checked(name, value, 1)
     recipe = {
         "steps": steps, "batch_size": batch_size, "lr": lr, "weight_decay": weight_decay, "momentum": momentum,
-        "n_train": n_train, "seed": seed, "threads": threads,
+        "variance": variance, "covariance": covariance, "n_train": n_train, "seed": seed, "threads": threads,
     }  # fmt: skip
     torch.set_num_threads(threads)
     signals, _ = ECGs("train", n_train, rate=RATE).arrays()
@@ -84,7 +88,9 @@ def train(
     }  # fmt: skip
     x = standardised(signals, content)
     torch.manual_seed(seed)
-    jepa = JEPA(ECGJEPA(**content["config"]), dim // 2, depth, heads, min_block=3)
+    jepa = JEPA(
+        ECGJEPA(**content["config"]), dim // 2, depth, heads, min_block=3, variance=variance, covariance=covariance
+    )
     untrained = copy.deepcopy(jepa.context)
     pretrain(jepa, x, recipe, Path(out), json.dumps(content), checkpoint_every)
 

@@ -5,6 +5,7 @@ from PIL import Image, ImageDraw
 
 from mmsae.analyses import TopExamples
 from mmsae.latents import LatentStore
+from mmsae.sources import MODALITIES
 
 
 class Shown:
@@ -20,6 +21,10 @@ class Shown:
 
     def render(self, item):
         return self.rendered[item]
+
+    def render_stream(self, item, stream):
+        shown = self.rendered[item]
+        return {"kind": "text", "tokens": [shown["text"]]} if stream == "text" else shown
 
 
 def store(codes, **columns):
@@ -212,7 +217,34 @@ def dialogue(**arguments):
     return top(rendered, codes, {"sample_id": np.zeros(13, int), "position": np.arange(13)}, **arguments)
 
 
+def pairs(sounds=False, **arguments):
+    """Concept sets: latent 0 knows red (or beeps) in both streams, 1 fires on the first stream alone, 2 on captions."""
+    colours = {"red": (220, 70, 50), "blue": (60, 80, 220), "green": (60, 190, 80)}
+    names = [list(colours)[i % 3] for i in range(9)]
+    places = [(20 + 7 * i, 70 - 6 * i) for i in range(9)]
+    rendered = [
+        {"kind": "image", "image": scene(at=at, colour=colours[name]), "text": f"a {name} ball, take {i}"}
+        for i, (name, at) in enumerate(zip(names, places, strict=True))
+    ]
+    rendered = chirps(n=9) if sounds else rendered
+    red = np.array([name == "red" for name in names])
+    codes = np.zeros((18, 3))
+    codes[:9, 0], codes[9:, 0] = red * (3 - 0.1 * np.arange(9)), red * (1 + 0.1 * np.arange(9))
+    codes[:9, 1] = 0.5 + 0.1 * np.arange(9)
+    codes[9:, 2] = 0.5 + 0.1 * np.arange(9)
+    columns = {
+        "sample_id": np.tile(np.arange(9), 2),
+        "pair_id": np.tile(np.arange(9), 2),
+        "position": np.zeros(18, int),
+    }
+    columns |= {"stream": np.repeat([0, 1], 9), "modality": np.repeat([MODALITIES["audio" if sounds else "image"],
+                                                                       MODALITIES["text"]], 9)}  # fmt: skip
+    return top(rendered, codes, columns, **arguments)
+
+
 ALL = {
+    "pairs": pairs,
+    "sound pairs": lambda: pairs(sounds=True),
     "audio": audio,
     "audio without bands": lambda: audio(bands=False),
     "ecg": ecg,

@@ -175,8 +175,9 @@ def test_the_siglip_recipe_trains(pictures, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "name",
-    ["sounds_batchtopk", "scene_pairs_crosscoder", "ecg_jepa_topk", "stories_batchtopk", "scene_questions_batchtopk"],
-)
+    ["sounds_batchtopk", "scene_pairs_crosscoder", "ecg_jepa_topk", "stories_batchtopk", "scene_questions_batchtopk",
+     "scene_questions_saev"],
+)  # fmt: skip
 def test_the_recipes_of_miniatures_train(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     few = ["--data.init_args.n_train=16", "--data.init_args.n_val=8", "--data.init_args.n_test=8"]
@@ -184,9 +185,16 @@ def test_the_recipes_of_miniatures_train(name, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "family", "layers"), [("llava_1_5_7b_topk", "llava", 25), ("qwen2_5_vl_3b_batchtopk", "qwen2_5_vl", 27)]
+    ("name", "family", "layers", "core"),
+    [
+        ("llava_1_5_7b_topk", "llava", 25, "k=8"),
+        ("qwen2_5_vl_3b_batchtopk", "qwen2_5_vl", 27, "k=8"),
+        ("llava_next_mistral_saev", "llava_next", 16, "target_l0=8"),
+        ("llava_next_vicuna_saev", "llava_next", 16, "k=8"),
+        ("chameleon_7b_saev", "chameleon", 16, "target_l0=8"),
+    ],
 )
-def test_the_multimodal_recipes_train(name, family, layers, pictures, tmp_path, monkeypatch):
+def test_the_multimodal_recipes_train(name, family, layers, core, pictures, tmp_path, monkeypatch):
     pytest.importorskip("transformers")
     from tiny_lmm import save_lmm
 
@@ -199,9 +207,9 @@ def test_the_multimodal_recipes_train(name, family, layers, pictures, tmp_path, 
         f"--data.init_args.images={pictures}",
         "--data.init_args.chunk_rows=64",
         f"--data.init_args.source.init_args.model={save_lmm(tmp_path / 'model', family, layers=layers)}",
-        "--model.core.init_args.k=8",
     ]
-    main(["fit", "--config", str(RECIPES / f"{name}.yaml"), *own, *SMALL_CORE, *FAST])
+    core = f"--model.core.init_args.{core}"
+    main(["fit", "--config", str(RECIPES / f"{name}.yaml"), *own, *SMALL_CORE, core, *FAST])
 
 
 def test_the_eeg_recipe_trains(tmp_path, monkeypatch):
@@ -252,6 +260,7 @@ def test_every_recipe_has_a_case():
     tested = {*CASES, *languages, "sam2_hiera_microscopy_batchtopk", "scenes_extract", "scenes_topk"}
     tested |= {"clap_htsat_batchtopk", "siglip_so400m_matryoshka", "sounds_batchtopk", "scene_pairs_crosscoder"}
     tested |= {"llava_1_5_7b_topk", "qwen2_5_vl_3b_batchtopk"}
+    tested |= {"llava_next_mistral_saev", "llava_next_vicuna_saev", "chameleon_7b_saev", "scene_questions_saev"}
     tested |= {"ecg_jepa_topk", "eeg_motor_imagery_batchtopk", "stories_batchtopk", "scene_questions_batchtopk"}
     tested |= {"sdxl_turbo_down_2_1_topk", "sd_1_5_up_1_1_batchtopk", "scene_diffusion_batchtopk"}
     assert {path.stem for path in RECIPES.glob("*.yaml")} == tested

@@ -16,6 +16,7 @@ HEADERS = {
     "qwen2_5_vl": ["<|vision_start|>", "<|vision_end|>", "<|video_pad|>"],
     "llava_onevision": ["<video>"],
     "gemma3": ["<start_of_image>", "<end_of_image>"],
+    "chameleon": ["<racm3:break>", "<eoss>"],
 }  # fmt: skip
 HEADERS |= {"smolvlm": HEADERS["idefics3"], "qwen2_vl": HEADERS["qwen2_5_vl"]}
 PLACEHOLDER = {"qwen2_vl": "<|vision_start|><|image_pad|><|vision_end|>", "gemma3": "<start_of_image>"}
@@ -117,6 +118,15 @@ def save_lmm(folder, family: str, seed: int = 0, layers: int = 2):
         kind = t.Idefics3Config if family == "idefics3" else t.SmolVLMConfig
         config = kind(vision_config=VISION, text_config=text, scale_factor=2, image_token_id=number(image),
                       pad_token_id=tokenizer.pad_token_id)  # fmt: skip
+    elif family == "chameleon":  # its processor takes no template, and knows no places of image tokens
+        images = t.ChameleonImageProcessor(size={"shortest_edge": SIDE}, crop_size=size)
+        processor = t.ChameleonProcessor(images, tokenizer, image_seq_length=16, image_token=image)
+        letters = ["".join("ABCDEFGHIJ"[int(digit)] for digit in str(i)) for i in range(32)]
+        codes = {f"IMGIMG{name}Z": len(tokenizer) + i for i, name in enumerate(letters)} | {image: number(image)}
+        vq = {"embed_dim": 16, "num_embeddings": 32, "latent_channels": 16, "resolution": SIDE, "base_channels": 32,
+              "channel_multiplier": [1, 1, 1, 1], "num_res_blocks": 1, "attn_resolutions": None}  # fmt: skip
+        text = {k: v for k, v in text.items() if k != "model_type"} | {"vocab_size": len(tokenizer) + 32}
+        config = t.ChameleonConfig(**text, vocabulary_map=codes, vq_config=vq)
     else:
         images = t.Gemma3ImageProcessor(size=size)
         processor = t.Gemma3Processor(images, tokenizer, chat_template=chat, image_seq_length=4)

@@ -140,9 +140,10 @@ def pooled(cores: dict[str, SAECore], batches: Any, label: str) -> tuple[dict[st
     for batch in tqdm(batches, desc=label, leave=False, disable=None):
         own, place = batch["sample_id"].cpu().unique(return_inverse=True)
         for name, core in cores.items():
-            z = core.encode(core.inputs(in_float32(batch)), batch).dense()
+            codes, rows = core.by_row(core.encode(core.inputs(in_float32(batch)), batch), {"place": place})
+            z = codes.dense()
             z = torch.cat([z, -z], dim=1) if core.signed else z
-            parts[name].append(strongest(z, place, len(own)))
+            parts[name].append(strongest(z, rows["place"], len(own)))
         ids.append(own)
         first = torch.zeros(len(own), dtype=torch.int64).scatter_reduce(
             0, place, torch.arange(len(place)), "amin", include_self=False

@@ -23,35 +23,36 @@ class Media:
     """The media of a page: each example packed once, and no more than a limit in all.
 
     Args:
-        render: From a sample id to what the datamodule's `render` says of it.
+        render: From a sample id, and a stream if one is asked for, to what the datamodule's `render` says of it.
         thumbnail: Longest side of a picture, pixels.
         seconds: Longest excerpt of a sound or a signal.
         limit: Bytes in all; what comes later is kept as its text, and sound as its spectrogram.
     """
 
-    def __init__(self, render: Callable[[int], dict[str, Any]], thumbnail: int, seconds: float, limit: float) -> None:
+    def __init__(self, render: Callable[..., dict[str, Any]], thumbnail: int, seconds: float, limit: float) -> None:
         self.render, self.thumbnail, self.seconds, self.limit = render, thumbnail, seconds, limit
         self.packed: list[dict[str, Any]] = []
         self.cut_short = 0
         self._bytes = 0
-        self._total: dict[int, float | None] = {}  # length of each sample seen, seconds; None: not in time
-        self._place: dict[tuple[int, int], int] = {}
+        self._total: dict[tuple[int, str], float | None] = {}  # length of each sample seen, seconds; None: not in time
+        self._place: dict[tuple[int, str, int], int] = {}
 
-    def add(self, sample: int, window: tuple[float, float] | None = None) -> int:
+    def add(self, sample: int, window: tuple[float, float] | None = None, stream: str = "") -> int:
         """Pack a sample, if it is not there, and return its place in `packed`.
 
         Args:
             sample: Its id.
             window: Begin and length, in seconds, of what must be in the excerpt.
+            stream: What of it is shown, where a sample is a pair.
         """
-        rendered = None
-        if sample not in self._total:
-            rendered = self.render(sample)
-            self._total[sample] = length_of(rendered)
-        start = excerpt(self._total[sample], self.seconds, window)
-        key = (sample, round(1000 * start))
+        rendered, own, asked = None, (sample, stream), (sample, *filter(None, [stream]))
+        if own not in self._total:
+            rendered = self.render(*asked)
+            self._total[own] = length_of(rendered)
+        start = excerpt(self._total[own], self.seconds, window)
+        key = (sample, stream, round(1000 * start))
         if key not in self._place:
-            medium, size = self._fitting(self._pack(rendered or self.render(sample), start))
+            medium, size = self._fitting(self._pack(rendered or self.render(*asked), start))
             self._bytes += size
             self._place[key] = len(self.packed)
             self.packed.append(medium)

@@ -9,6 +9,7 @@ import numpy as np
 from mmsae.analyses.base import Analysis
 from mmsae.analyses.media import Media
 from mmsae.analyses.places import Places, StepProfile, window_of
+from mmsae.analyses.sides import Side, facts_of, sides_of
 from mmsae.cores import SAECore
 from mmsae.errors import checked
 from mmsae.latents import LatentStore
@@ -19,10 +20,13 @@ from mmsae.results import Result
 class TopExamples(Analysis):
     """The strongest examples of each latent, shown where it fires, with a histogram and the best-matching factor.
 
+    Where each stream of a pair has a code of its own, the strongest examples of every stream stand side by side:
+    concept sets, such as the pictures and the captions of one latent.
+
     Args:
         split: Where examples come from.
         n_latents: Latents shown: those with the best-matching factor, or without labels those that fire strongest.
-        n_examples: Examples per latent.
+        n_examples: Examples per latent, and per stream of a pair.
         n_captions: Captions per latent.
         thumbnail: Longest side of a picture, pixels.
         seconds: Longest excerpt of a sound or a signal, around the strongest window.
@@ -50,36 +54,47 @@ class TopExamples(Analysis):
         live = np.flatnonzero(latents.firings)
         strength = np.array([factors[int(j)]["auroc"] for j in live]) if factors else latents.strongest[live]
         shown = sorted(int(j) for j in live[np.argsort(-strength, kind="stable")][: self.n_latents])
-        strongest = {latent: latents.top_samples(latent, self.n_examples) for latent in shown}
-        media = Media(lambda i: data.render(items[i]), self.thumbnail, self.seconds, 1e6 * self.megabytes)
-        places_of: dict[tuple[int, int], int] = {}  # latent and rank to the place of its medium
+        sides = sides_of(core, latents) or [Side("", None)]
+        strongest = {
+            (latent, side): latents.top_samples(latent, self.n_examples, one.rows)
+            for latent in shown
+            for side, one in enumerate(sides)
+        }
+
+        def render(sample_id: int, stream: str = "") -> dict[str, Any]:
+            return data.render_stream(items[sample_id], stream) if stream else data.render(items[sample_id])
+
+        media = Media(render, self.thumbnail, self.seconds, 1e6 * self.megabytes)
+        places_of: dict[tuple[int, int, int], int] = {}  # latent, side and rank to the place of its medium
         if items is not None:
             for rank in range(self.n_examples):
-                for latent, found in strongest.items():
+                for (latent, side), found in strongest.items():
                     for sample, row, _ in found[rank : rank + 1]:
                         sample_id = int(latents.samples[0][sample])
-                        places_of[latent, rank] = media.add(sample_id, window_of(latents, row))
+                        window = window_of(latents, row)
+                        places_of[latent, side, rank] = media.add(sample_id, window, sides[side].name)
         profile = StepProfile(latents) if "timestep" in latents.columns else None
         where = Places(latents)
         entries = []
-        for latent, found in strongest.items():
+        for latent in shown:
             examples: list[dict[str, Any]] = []
             captions: list[dict[str, Any]] = []
-            for rank, (sample, row, value) in enumerate(found):
-                place = places_of.get((latent, rank))
-                medium = None if place is None else media.packed[place]
-                examples.append(
-                    {
-                        "media": place,
-                        "sample": int(latents.samples[0][sample]),
-                        "activation": value,
-                        "position": int(latents.columns["position"][row]) if "position" in latents.columns else -1,
-                        **where.of(latent, sample, row, medium),
-                    }
-                )
-                text = medium.get("text", "") if medium and len(captions) < self.n_captions else ""
-                if text and all(text != c["text"] for c in captions):
-                    captions.append({"text": text, "score": value})
+            for side, one in enumerate(sides):
+                for rank, (sample, row, value) in enumerate(strongest[latent, side]):
+                    place = places_of.get((latent, side, rank))
+                    medium = None if place is None else media.packed[place]
+                    examples.append(
+                        {
+                            "media": place,
+                            "sample": int(latents.samples[0][sample]),
+                            "activation": value,
+                            "position": int(latents.columns["position"][row]) if "position" in latents.columns else -1,
+                            **({"side": side} if one.name else where.of(latent, sample, row, medium)),
+                        }
+                    )
+                    text = medium.get("text", "") if medium and len(captions) < self.n_captions else ""
+                    if text and not one.name and all(text != c["text"] for c in captions):
+                        captions.append({"text": text, "score": value})
             values = latents.of_latent(latent)[1]
             counts, edges = np.histogram(values, bins=24)
             entries.append(
@@ -94,6 +109,7 @@ class TopExamples(Analysis):
                     "label": "",
                     "examples": examples,
                     **({"profile": profile.of(latents, latent)} if profile else {}),
+                    **({"sides": facts_of(sides, latents, latent)} if sides[0].name else {}),
                 }
             )
         hidden = len(live) - len(shown)

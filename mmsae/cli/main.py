@@ -18,6 +18,7 @@ VERBS = {
     "predict": ("mmsae.cli.fit", "write the codes of the test split"),
     "encode": ("mmsae.cli.encode", "write the codes of a trained dictionary to disk"),
     "evaluate": ("mmsae.cli.evaluate", "run analyses on a trained dictionary"),
+    "filter": ("mmsae.cli.filter", "rank conversations about pictures and keep the best"),
     "similarity": ("mmsae.cli.similarity", "compare layers of models by their dictionaries and activations"),
     "steer": ("mmsae.cli.steer", "steer a model with latents; steer bench: success, damage and controls"),
     "report": ("mmsae.cli.report", "draw the page of an evaluated run"),
@@ -30,6 +31,7 @@ AGAIN = {
     "extract": "the same command goes on where it stopped",
     "encode": "the same command goes on where it stopped",
     "steer": "bench goes on where it stopped with the same command",
+    "filter": "the same command goes on where it stopped",
 }
 
 HELP = """\

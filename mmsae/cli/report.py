@@ -12,7 +12,7 @@ from mmsae.errors import MmsaeError
 from mmsae.report.page import write_report
 from mmsae.results import Result
 
-ORDER = ["Training", "Fidelity", "AFA", "FactorRecovery", "Downstream"]
+ORDER = ["Training", "Fidelity", "AFA", "FactorRecovery", "CrossModal", "ZeroShotConcepts", "Downstream"]
 
 
 class Parser(ArgumentParser):

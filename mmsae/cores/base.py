@@ -86,8 +86,8 @@ class SAECore(nn.Module, ABC):
     - GroupBias (GBA): keeps its biases out of `parameter_groups` and moves them in `after_step`.
     - ITDA, SemiNMF, PCA, ICA, NMF, k-means: `gradient_free`; `partial_fit` sees one pass, `finish` concludes it.
     - Transcoder, SkipTranscoder: the stream `target`. Crosscoder: several streams, one code, `decode` gives a dict.
-    - GroupSparse, VLSAE: several streams, one dictionary, one decoder per stream; rows are matched by
-      `needs = {"pair_id"}`. VLSAE's alignment autoencoder is a core of its own that runs before.
+    - GroupSparse, VLSAE, AlignmentAutoencoder: several streams, one dictionary, a code for each stream
+      (`SharedDictionary`). The last is trained before VLSAE, which reads its embeddings.
     - SAEV: one stream, `needs = {"token_type"}`, statistics per modality in buffers.
 
     Tensors may have any leading dimensions; `train()` and `eval()` decide between training and inference.
@@ -210,6 +210,10 @@ class SAECore(nn.Module, ABC):
             return reconstruction
         parts = [reconstruction[stream] for stream in self.outputs]
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+    def by_row(self, codes: Codes, columns: dict[str, Tensor]) -> tuple[Codes, dict[str, Tensor]]:
+        """Codes of a batch as they are stored, one row after the other, with the metadata of each row."""
+        return codes, columns
 
     def forward(self, x: Tensor) -> Tensor | dict[str, Tensor]:
         """Reconstruction of activations."""

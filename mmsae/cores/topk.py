@@ -89,30 +89,57 @@ class TopK(LinearCore):
         return {"aux": self.aux_coefficient * self.auxk(x, (target - reconstruction).detach())}
 
     def auxk(self, x: Tensor | dict[str, Tensor], residual: Tensor) -> Tensor:
-        """Share of the residual's variance that the best `k_aux` dead latents leave unexplained (0 if none is dead).
-
-        Only dead latents are computed: as a dense matrix while they are few, as pairs when they are many.
-        """
-        dead = self.idle_latents()
-        if len(dead) == 0:
-            return residual.new_zeros(())
-        k_aux = min(self.k_aux or max(len(self.b_dec) // 2, 1), len(dead))
+        """Share of the residual's variance that the best `k_aux` dead latents leave unexplained (0 if none is dead)."""
         x, table, bias, centre = self.encoder(x)
-        table, bias, rows = (t.index_select(0, dead) for t in (table, bias, self.decoder_rows))
-        # no b_dec in the explanation: the residual has none
-        if len(dead) < CROSSOVER * k_aux:
-            # rows of zeros explain nothing; they keep the sizes few, as oneDNN compiles and keeps a product for each
-            table, bias, rows = (pad(t, (0, 0) * (t.ndim - 1) + (0, -len(dead) % 64)) for t in (table, bias, rows))
-            pre = dense_linear(x if centre is None else x - centre, table, bias)
-            if k_aux < len(dead):
-                strength = pre.detach().abs() if self.signed else pre.detach()
-                best = strength.topk(k_aux, dim=-1, sorted=False).indices
-                pre = pre * torch.zeros_like(pre).scatter_(-1, best, 1.0)
-            explained = dense_linear(self.rectify(pre), rows.t())
-        else:
-            values, indices = linear_topk(x, table, bias, k_aux, centre, self.signed)
-            explained = sparse_decode(self.rectify(values), indices, rows)
-        spread, floor = variance(residual), 1e-9 * residual.pow(2).sum(-1).mean()
-        # rows that are all alike have nothing to explain; a NaN would come back through the gradient of the division
-        share = squared_error(residual, explained) / torch.where(spread > floor, spread, 1.0)
-        return torch.where(spread > floor, share, 0.0)
+        k_aux = self.k_aux or max(len(self.b_dec) // 2, 1)
+        dead = self.idle_latents()
+        return explain(residual, x, table, bias, self.decoder_rows, dead, k_aux, centre, self.signed)
+
+
+def explain(
+    residual: Tensor,
+    x: Tensor,
+    table: Tensor,
+    bias: Tensor,
+    rows: Tensor,
+    dead: Tensor,
+    k_aux: int,
+    centre: Tensor | None = None,
+    signed: bool = False,
+) -> Tensor:
+    """AuxK: the share of the residual's variance that the best dead latents leave unexplained; 0 if none is dead.
+
+    Only dead latents are computed: as a dense matrix while they are few, as pairs when they are many.
+
+    Args:
+        residual: What is to be explained, `[n, d_out]`, without gradients.
+        x: `[n, d_in]`.
+        table: Encoder rows `[d_latent, d_in]`.
+        bias: `[d_latent]`.
+        rows: Decoder rows `[d_latent, d_out]`.
+        dead: Latents that may explain it, int64 `[n_dead]`.
+        k_aux: How many of them per row.
+        centre: Subtracted from x, `[d_in]`.
+        signed: Whether codes may be negative.
+    """
+    if len(dead) == 0:
+        return residual.new_zeros(())
+    k_aux = min(k_aux, len(dead))
+    table, bias, rows = (t.index_select(0, dead) for t in (table, bias, rows))
+    # no b_dec in the explanation: the residual has none
+    if len(dead) < CROSSOVER * k_aux:
+        # rows of zeros explain nothing; they keep the sizes few, as oneDNN compiles and keeps a product for each
+        table, bias, rows = (pad(t, (0, 0) * (t.ndim - 1) + (0, -len(dead) % 64)) for t in (table, bias, rows))
+        pre = dense_linear(x if centre is None else x - centre, table, bias)
+        if k_aux < len(dead):
+            strength = pre.detach().abs() if signed else pre.detach()
+            best = strength.topk(k_aux, dim=-1, sorted=False).indices
+            pre = pre * torch.zeros_like(pre).scatter_(-1, best, 1.0)
+        explained = dense_linear(pre if signed else pre.relu(), rows.t())
+    else:
+        values, indices = linear_topk(x, table, bias, k_aux, centre, signed)
+        explained = sparse_decode(values if signed else values.relu(), indices, rows)
+    spread, floor = variance(residual), 1e-9 * residual.pow(2).sum(-1).mean()
+    # rows that are all alike have nothing to explain; a NaN would come back through the gradient of the division
+    share = squared_error(residual, explained) / torch.where(spread > floor, spread, 1.0)
+    return torch.where(spread > floor, share, 0.0)

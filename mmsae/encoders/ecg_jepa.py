@@ -7,7 +7,7 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import l1_loss
+from torch.nn.functional import l1_loss, relu
 
 from mmsae.encoders.signal_transformer import Block, SignalTransformer, start, waves
 from mmsae.errors import checked
@@ -38,7 +38,8 @@ class JEPA(nn.Module):
 
     The context encoder sees the kept tokens alone; a narrow predictor gets its output and a mask token for each masked
     place; the loss is the mean absolute difference to what the target encoder, an exponential average of the context
-    encoder that sees everything, says of those places.
+    encoder that sees everything, says of those places. Nothing in that keeps the tokens from lying in a few directions;
+    with `variance` and `covariance` the terms of VICReg (arXiv 2105.04906; in a JEPA: 2410.19560) do.
 
     Args:
         encoder: The context encoder.
@@ -46,12 +47,22 @@ class JEPA(nn.Module):
         depth: Its blocks.
         heads: Its attention heads.
         min_block: Shortest masked stretch, tokens.
+        variance: Weight of what every number of the context encoder's tokens lacks to a standard deviation of 1.
+        covariance: Weight of the mean squared covariance of one number with the others.
     """
 
     def __init__(
-        self, encoder: SignalTransformer, dim: int = 96, depth: int = 8, heads: int = 4, min_block: int = 10
+        self,
+        encoder: SignalTransformer,
+        dim: int = 96,
+        depth: int = 8,
+        heads: int = 4,
+        min_block: int = 10,
+        variance: float = 0.0,
+        covariance: float = 0.0,
     ) -> None:
         super().__init__()
+        self.variance, self.covariance = checked("variance", variance, 0), checked("covariance", covariance, 0)
         self.context = encoder
         self.target = copy.deepcopy(encoder).requires_grad_(False)
         self.min_block = checked("min_block", min_block, 1)
@@ -78,7 +89,11 @@ class JEPA(nn.Module):
         n_kept = int((~masked[0]).sum())
         kept, hidden = order[:, :n_kept], order[:, n_kept:]
         seen = self.context.encoded(take(patches, kept))[:, self.context.n_registers :]
-        return l1_loss(self.predicted(seen, kept, hidden, N), take(truth, hidden))
+        loss = l1_loss(self.predicted(seen, kept, hidden, N), take(truth, hidden))
+        if self.variance or self.covariance:
+            lack, shared = spread(seen.flatten(0, 1))
+            loss = loss + self.variance * lack + self.covariance * shared
+        return loss
 
     def predicted(self, seen: Tensor, kept: Tensor, hidden: Tensor, N: int) -> Tensor:
         """Features of the hidden places `[B, n_hidden, width]` from those of the kept ones `[B, n_kept, width]`."""
@@ -93,6 +108,16 @@ class JEPA(nn.Module):
         """Move the target encoder towards the context encoder; once for each optimizer step, after it."""
         for old, new in zip(self.target.parameters(), self.context.parameters(), strict=True):
             old.lerp_(new, 1 - momentum)
+
+
+def spread(tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """What keeps tokens `[n, d]` from collapsing: the lack of deviation below 1, and squared covariances per number."""
+    centred = tokens - tokens.mean(0)
+    covariance = centred.T @ centred / (len(tokens) - 1)
+    variance = covariance.diagonal()
+    return relu(1 - (variance + 1e-4).sqrt()).mean(), (covariance.square().sum() - variance.square().sum()) / len(
+        variance
+    )
 
 
 def kept_count(N: int, g: torch.Generator) -> int:

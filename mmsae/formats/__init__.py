@@ -19,6 +19,7 @@ from mmsae.formats import (
     saelens,
     saev,
     sparsify,
+    vl_sae,
 )
 from mmsae.formats.tensors import read_pickle
 
@@ -32,6 +33,7 @@ READ: dict[str, ModuleType] = {
     "openai": openai,
     "saev": saev,
     "released": released,
+    "vl_sae": vl_sae,
 }
 """Formats that can be read; where files fit two of them, the first is taken."""
 

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mmsae.cores import SAECore
+from mmsae.codes import Codes
+from mmsae.cores import SAECore, SharedDictionary
 from mmsae.formats.tensors import Answer
 
 TOLERANCE = 1e-5
@@ -53,10 +54,21 @@ def answer_of(core: SAECore) -> Answer:
     """What a core of ours answers; several streams stand side by side."""
 
     def answer(x: Tensor) -> tuple[Tensor, Tensor]:
-        codes = core.encode(x)
-        return codes.dense(), core.joined(core.decode(codes))
+        codes = encoded(core, x)
+        return in_rows(codes), core.joined(core.decode(codes))
 
     return answer
+
+
+def encoded(core: SAECore, x: Tensor) -> Codes:
+    """Codes of rows in which several streams stand side by side."""
+    return core.encode(core.by_stream(x) if isinstance(core, SharedDictionary) else x)
+
+
+def in_rows(codes: Codes) -> Tensor:
+    """Dense codes `[n, d_latent]`; those of several streams side by side."""
+    dense = codes.dense()
+    return dense if dense.ndim == 2 else dense.transpose(0, 1).flatten(1)
 
 
 def width_of(core: SAECore) -> int:
@@ -92,7 +104,7 @@ def compare(core: SAECore, other: Answer, rows: Tensor, dictionary: Tensor | Non
     for part in rows.float().split(CHUNK):
         codes, reconstruction = answer_of(core)(part)
         decided = _decided(core, part, codes, generator)
-        pairs = zip((codes * unit, reconstruction), other(part), strict=True)
+        pairs = zip((codes * unit.repeat(codes.shape[1] // len(unit)), reconstruction), other(part), strict=True)
         for i, (ours, theirs) in enumerate(pairs):
             scale = torch.cat([ours, part], dim=-1).abs().amax(-1).clamp_min(1)
             apart = ((ours - theirs).abs().amax(-1) / scale)[decided]
@@ -109,7 +121,7 @@ def _decided(core: SAECore, x: Tensor, codes: Tensor, generator: torch.Generator
     size = NUDGE * x.pow(2).mean(-1, keepdim=True).sqrt()
     same = torch.ones(len(x), dtype=torch.bool)
     for _ in range(N_NUDGES):
-        near = core.encode(x + size * torch.randn(x.shape, generator=generator)).dense()
+        near = in_rows(encoded(core, x + size * torch.randn(x.shape, generator=generator)))
         appeared = (near != 0) != (codes != 0)
         # where a ReLU lets go, nothing jumps: only a jump in the value makes a row undecided
         scale = torch.cat([codes, x], dim=-1).abs().amax(-1, keepdim=True).clamp_min(1)

@@ -16,7 +16,8 @@ class Fidelity(Metric):
     """Fidelity and sparsity over a whole split, accumulated in float64 and over all devices.
 
     `fvu = sum ||x - x_hat||^2 / sum ||x - mean x||^2` with the mean over everything seen (not batch by batch, which
-    gives another number), `explained_variance = 1 - fvu`, `l0`, `dead_fraction` (latents that never fired on what was
+    gives another number), `explained_variance = 1 - fvu`, `l0` (of each code),
+    `dead_fraction` (latents that never fired on what was
     seen), `cosine` (mean over rows), `shrinkage` (`E<x_hat, x> / E||x||^2` about the mean) and
     `relative_bias` (`E||x_hat||^2 / E<x, x_hat>`; 1 is unbiased).
 
@@ -28,6 +29,7 @@ class Fidelity(Metric):
     full_state_update = False
 
     n: Tensor
+    coded: Tensor
     total: Tensor
     square: Tensor
     error: Tensor
@@ -43,6 +45,7 @@ class Fidelity(Metric):
         zero = torch.zeros((), dtype=torch.float64)
         for name in ("square", "error", "reconstructed", "product", "cosines", "active"):
             self.add_state(name, zero.clone(), dist_reduce_fx="sum")
+        self.add_state("coded", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("n", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
         self.add_state("total", torch.zeros(d_in, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("reconstruction_total", torch.zeros(d_in, dtype=torch.float64), dist_reduce_fx="sum")
@@ -75,6 +78,7 @@ class Fidelity(Metric):
         self.reconstructed += out.pow(2).sum()
         self.product += (x * out).sum()
         self.cosines += torch.nn.functional.cosine_similarity(x, out, dim=-1).sum()
+        self.coded += codes.values.shape[:-1].numel()  # several codes for a row of several streams
         self.active += codes.l0().sum()
         self.firings += codes.firings()
 
@@ -88,7 +92,7 @@ class Fidelity(Metric):
         return {
             "fvu": fvu,
             "explained_variance": 1 - fvu,
-            "l0": self.active / n,
+            "l0": self.active / self.coded,
             "dead_fraction": (self.firings == 0).double().mean(),
             "cosine": self.cosines / n,
             "shrinkage": centred_product / spread,
@@ -101,5 +105,5 @@ class Fidelity(Metric):
         return {name: float(value) for name, value in self.compute().items()}
 
     def density(self) -> Tensor:
-        """Share of rows in which each latent fires, `[d_latent]`; call after a compute over all devices."""
-        return self.firings.double() / self.n.clamp_min(1)
+        """Share of codes in which each latent fires, `[d_latent]`; call after a compute over all devices."""
+        return self.firings.double() / self.coded.clamp_min(1)

@@ -4,6 +4,8 @@
 const BATCH = 36;
 const TILES = 9;
 const SNIPPETS = 4;
+const SIDE_TILES = 6; // of the montage above the captions of a concept set
+const SIDE_SNIPPETS = 2;
 const SNIPPET_TOKENS = 14;
 
 const SORTS = {
@@ -11,6 +13,7 @@ const SORTS = {
   f1: ["F1", (l) => l.factor?.f1],
   density: ["Density", (l) => l.density],
   max: ["Max activation", (l) => l.max],
+  balance: ["Balance", (l) => (l.sides ? balanceOf(l) : null)],
   id: ["Id", (l) => l.id],
 };
 
@@ -78,7 +81,7 @@ function gallery(data) {
   byId("factor-label").hidden = !named;
   byId("heat-label").hidden = !latents.some((l) => l.examples.some((e) => e.heat));
   for (const [key, [name]] of Object.entries(SORTS)) {
-    if (named || !["auroc", "f1"].includes(key)) sort.append(make("option", { value: key }, name));
+    if (["auroc", "f1"].includes(key) ? named : key !== "balance" || latents.some((l) => l.sides)) sort.append(make("option", { value: key }, name));
   }
   sort.value = named ? "auroc" : "max";
   sets.forEach((name, i) => set.append(make("option", { value: i }, name)));
@@ -147,17 +150,39 @@ function headingOf(latent) {
 function card(latent, media, heat) {
   const heading = headingOf(latent);
   const score = latent.factor ? `AUROC ${fixed(latent.factor.auroc, 2)}` : null;
-  const pictures = latent.examples.filter((e) => isSquare(media[e.media], e)).slice(0, TILES);
-  const silent = latent.examples.length ? null : make("span", { class: "passage" }, "no example");
-  const montage = pictures.length
-    ? make("span", { class: "montage" }, ...pictures.map((e) => tile(media[e.media], e, heat)))
-    : make("span", { class: "snippets" }, silent, ...latent.examples.slice(0, SNIPPETS).map((e) => (paneOf(media[e.media]).tile ?? PANES.other.tile)(media[e.media], e, latent)));
+  const montage = latent.sides
+    ? make("span", { class: "sides" }, ...latent.sides.map((side, i) => preview(latent, ofSide(latent, i), media, heat, SIDE_TILES, SIDE_SNIPPETS, `silent: ${sideName(side)}`)))
+    : preview(latent, latent.examples, media, heat, TILES, SNIPPETS, "no example");
   return make(
     "a", { class: "card", href: `#${latent.key}`, "aria-label": [`Latent ${latent.id}`, heading, score].filter(Boolean).join(", ") },
     montage,
     make("span", { class: "line" }, make("strong", { title: latent.factor ? factorName(latent) : heading }, heading || "no match"), make("span", {}, `#${latent.id}`)),
     make("span", { class: "line" }, make("span", {}, score ?? "active on"), make("span", { title: "Share of rows on which it is active" }, percent(latent.density))),
   );
+}
+
+/** The strongest examples, small: pictures as a montage, anything else one below the other. */
+function preview(latent, examples, media, heat, tiles, snippets, silence) {
+  const pictures = examples.filter((e) => isSquare(media[e.media], e)).slice(0, tiles);
+  if (pictures.length) return make("span", { class: "montage" }, ...pictures.map((e) => tile(media[e.media], e, heat)));
+  const shown = examples.slice(0, snippets).map((e) => (paneOf(media[e.media]).tile ?? PANES.other.tile)(media[e.media], e, latent));
+  return make("span", { class: "snippets" }, ...(shown.length ? shown : [make("span", { class: "passage alt" }, silence)]));
+}
+
+const SIDE_NAMES = { image: "pictures", audio: "sounds", text: "captions" };
+
+function sideName(side) {
+  return SIDE_NAMES[side.name] ?? side.name;
+}
+
+function ofSide(latent, number) {
+  return latent.examples.filter((e) => e.side === number);
+}
+
+/** 1 where a latent fires as often in every stream, 0 where it is silent in one. */
+function balanceOf(latent) {
+  const rates = latent.sides.map((side) => side.density);
+  return Math.min(...rates) / Math.max(...rates);
 }
 
 function isSquare(medium, e) {
@@ -227,6 +252,7 @@ function dialog(latents, media, shown) {
 }
 
 function detail(latent, media, heat, remember) {
+  if (latent.sides) return [conceptSet(latent, media), make("aside", {}, facts(latent), match(latent), activations(latent))];
   const withHeat = latent.examples.some((e) => e.heat);
   const timed = latent.examples.some((e) => e.windows?.length);
   const panes = latent.examples.map((e) => paneOf(media[e.media]).pane(latent, media[e.media], e));
@@ -247,8 +273,21 @@ function detail(latent, media, heat, remember) {
   return [make("div", { class: "main" }, tools, examples), side];
 }
 
+/** The strongest examples of every stream side by side. */
+function conceptSet(latent, media) {
+  const column = (side, i) => {
+    const heading = make("h3", {}, `Strongest ${sideName(side)}`);
+    const note = make("span", { title: `Share of the ${sideName(side)} that activate it` }, `fires on ${percent(side.density)}`);
+    const panes = ofSide(latent, i).map((e) => paneOf(media[e.media]).pane(latent, media[e.media], e));
+    const shown = panes.length ? panes : [make("p", { class: "alt" }, "It is silent here.")];
+    return make("section", {}, make("div", { class: "above" }, heading, note), make("div", { class: "examples" }, ...shown));
+  };
+  return make("div", { class: "main set" }, ...latent.sides.map(column));
+}
+
 function facts(latent) {
-  const rows = [["Density", percent(latent.density), "of rows activate it"], ["Mean", short(latent.mean), "where active"], ["Maximum", short(latent.max), ""]];
+  const balance = latent.sides ? ["Balance", fixed(balanceOf(latent), 2), "Smallest share of a stream that activates it over the largest"] : null;
+  const rows = [balance ?? ["Density", percent(latent.density), "of rows activate it"], ["Mean", short(latent.mean), "where active"], ["Maximum", short(latent.max), ""]];
   const list = make("dl", { class: "figures" }, ...rows.map(([name, value, note]) => make("div", { title: note }, make("dt", {}, name), make("dd", {}, value))));
   return make("section", {}, latent.label ? make("p", { class: "label" }, latent.label) : null, list);
 }

@@ -9,6 +9,7 @@ from mmsae.sources.hf_clip import HFCLIP
 from mmsae.sources.image import ImageSource
 from mmsae.sources.lmm import VisionLanguage
 from mmsae.sources.paired import PairedEmbeddings
+from mmsae.sources.pooled import PooledModalities
 from mmsae.sources.positions import Positions
 from mmsae.sources.signal import Signal
 from mmsae.sources.text import CausalLM
@@ -18,6 +19,6 @@ from mmsae.sources.vision_encoder import VisionEncoder
 
 __all__ = [
     "CLAP", "HFCLIP", "MODALITIES", "CausalLM", "Custom", "Diffusion", "ImageSource", "OpenCLIP", "PairedEmbeddings",
-    "Positions", "SceneCLIP", "Signal", "Source", "TextEncoder", "Timm", "Torchvision", "VisionEncoder",
-    "VisionLanguage",
+    "PooledModalities", "Positions", "SceneCLIP", "Signal", "Source", "TextEncoder", "Timm", "Torchvision",
+    "VisionEncoder", "VisionLanguage",
 ]  # fmt: skip

@@ -19,10 +19,7 @@ from mmsae.hooks import HookPoint, capture, differentiable, edit, resolve
 from mmsae.layout import from_positions, to_positions
 from mmsae.sources.items import columns_of, sample_ids
 from mmsae.sources.positions import Positions, checked_positions, choose, grid_places, ordinary_norms, pooled
-from mmsae.spec import ACTS, GRADS, ActivationSpec, Batch, map_batch
-
-MODALITIES = {"image": 0, "text": 1, "audio": 2, "signal": 3, "video": 4, "volume": 5, "graph": 6, "other": 7}
-"""Name of a modality to its number in the batch column `modality`; numbers are in stores, so only append."""
+from mmsae.spec import ACTS, GRADS, MODALITIES, ActivationSpec, Batch, map_batch
 
 _ONE_AT_A_TIME = threading.RLock()
 """Hooks are on the model, so a chunk that is read in the background and a validation must not run it together."""
@@ -118,6 +115,10 @@ class Source(ABC):
     def render(self, item: dict[str, Any]) -> dict[str, Any]:
         """An item for a reader: `{"kind": "image", "image", "text"}`, or `{"kind": "text", "tokens"}`, as positions."""
         return {"kind": "text", "tokens": [str(item.get("text", item.get("sample_id", "")))]}
+
+    def render_stream(self, item: dict[str, Any], stream: str) -> dict[str, Any]:
+        """What one stream of a pair sees of an item, for a reader, in the same form; by default all of it."""
+        return self.render(item)
 
     def describe(self) -> dict[str, Any]:
         """What identifies the model, JSON: name, weights, arguments."""

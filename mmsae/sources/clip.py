@@ -14,7 +14,7 @@ from mmsae.sources.image import ImageSource
 from mmsae.sources.items import example_images, text_of
 from mmsae.sources.positions import DELIMITER, PADDING, PREFIX, Positions, grid_places
 from mmsae.sources.two_towers import TwoTowers
-from mmsae.sources.weights import first_line, needs
+from mmsae.sources.weights import first_line, hub_or_cache, needs, without_logs
 
 Tower = Literal["image", "text"]
 
@@ -56,19 +56,22 @@ class OpenCLIP(TwoTowers, ImageSource):
         trained = self.pretrained is not None or ":" in name
         if ":" not in name:
             self._check_name(open_clip, name)
+        local = name.startswith("local-dir:") or bool(self.pretrained and Path(self.pretrained).is_file())
+        if trained and not local:
+            hub_or_cache()
         try:
-            model, _, self.transform = open_clip.create_model_and_transforms(
-                name,
-                self.pretrained,
-                pretrained_text=False,  # no weights but those asked for
-                require_pretrained=trained,  # else open_clip goes on with random weights when a download fails
-                weights_only=True,
-                **self.config,
-            )
+            with without_logs():
+                model, _, self.transform = open_clip.create_model_and_transforms(
+                    name,
+                    self.pretrained,
+                    pretrained_text=False,  # no weights but those asked for
+                    require_pretrained=trained,  # else open_clip goes on with random weights when a download fails
+                    weights_only=True,
+                    **self.config,
+                )
             if self.tower == "text":
                 self.tokenizer = open_clip.get_tokenizer(name, context_length=model.context_length)
         except Exception as error:
-            local = name.startswith("local-dir:") or (self.pretrained and Path(self.pretrained).is_file())
             said = f"{self.name!r}" + (f" with pretrained={self.pretrained!r}" if self.pretrained else "")
             if local or not trained:
                 raise MmsaeError(f"open_clip cannot load {said} ({first_line(error)}).") from error

@@ -23,7 +23,7 @@ from mmsae.sources.base import _ONE_AT_A_TIME
 from mmsae.sources.items import text_of
 from mmsae.sources.pipelines import Mode, Pipeline
 from mmsae.sources.positions import DELIMITER, PADDING, PREFIX, grid_places
-from mmsae.sources.weights import first_line, located, needs
+from mmsae.sources.weights import first_line, hub_or_cache, located, needs, without_logs
 from mmsae.spec import ACTS, ActivationSpec, Batch
 
 Guidance = Literal["conditional", "both"]
@@ -124,20 +124,26 @@ class Diffusion(Pipeline):
 
                 self.pipe = scene_painter(name)
             else:
+                if not index.is_file():
+                    hub_or_cache()
                 given = {"torch_dtype": getattr(torch, self.dtype), "revision": self.revision, "variant": self.variant}
                 config = diffusers.DiffusionPipeline.load_config(name, revision=self.revision)
                 # The checker of Stable Diffusion looks at finished pictures only, and is as large as a text encoder.
                 # Parts that the folder leaves out, text encoders say, have to be left out by name.
                 absent = [key for key, kind in config.items() if isinstance(kind, list | tuple) and kind[0] is None]
                 given |= dict.fromkeys([*absent, *({"safety_checker"} & config.keys())])
-                self.pipe = diffusers.DiffusionPipeline.from_pretrained(name, **given)
+                with without_logs():
+                    self.pipe = diffusers.DiffusionPipeline.from_pretrained(name, **given)
                 self.pipe.set_progress_bar_config(disable=True)
         except MmsaeError:
             raise
         except Exception as error:
+            why = first_line(error)
+            if index.is_file():
+                raise MmsaeError(f"the folder {name!r} holds no pipeline that diffusers can load ({why}).") from error
             raise MmsaeError(
-                f"cannot load the pipeline {self.name!r} ({first_line(error)}); without a connection give the folder "
-                "of a pipeline as model."
+                f"cannot load the pipeline {self.name!r} ({why}); without a connection give the folder of a pipeline "
+                "as model."
             ) from error
         parts = nn.Module()
         for key, part in self.pipe.components.items():

@@ -42,7 +42,7 @@ ASSISTANT = ROLES.index("assistant")
 
 class VisionLanguage(TextModel):
     """A multimodal model of transformers, read on pictures and words: LLaVA, LLaVA-NeXT, LLaVA-OneVision, Qwen2-VL,
-    Qwen2.5-VL, Idefics3, SmolVLM, Gemma 3 and others of `AutoModelForImageTextToText`.
+    Qwen2.5-VL, Idefics3, SmolVLM, Gemma 3, Chameleon and others of `AutoModelForImageTextToText`.
 
     Items hold a conversation as `messages`, each with a `role` and a `content` of parts `{"type": "image"}` and
     `{"type": "text", "text": ...}`, with the pictures under `image` or `images` (or in their parts); or an `image` with
@@ -473,7 +473,7 @@ class VisionLanguage(TextModel):
 
     def example_items(self) -> list[dict[str, Any]]:
         """Plain pictures with a caption."""
-        side = getattr(self.model_config.vision_config, "image_size", None)
+        side = getattr(getattr(self.model_config, "vision_config", None), "image_size", None)  # Chameleon has none
         return example_images(side if isinstance(side, int) else 112)
 
     def describe(self) -> dict[str, Any]:

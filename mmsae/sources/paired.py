@@ -12,8 +12,12 @@ from torch.nn.functional import normalize
 
 from mmsae.errors import MmsaeError
 from mmsae.sources.base import _ONE_AT_A_TIME, MODALITIES, Source, _finite, fingerprint
+from mmsae.sources.items import text_of
 from mmsae.sources.two_towers import TwoTowers
 from mmsae.spec import ACTS, Batch
+
+UNION = "embedding"
+"""The stream of both towers together."""
 
 
 class PairedEmbeddings(Source):
@@ -27,15 +31,17 @@ class PairedEmbeddings(Source):
     Args:
         model: A source of two towers: OpenCLIP, HFCLIP, CLAP, SceneCLIP. Its hook points are not read.
         unit: Give embeddings of length 1, as the model compares them; else as they are projected.
+        union: Give two rows a pair instead, of one stream `embedding`, for dictionaries of one stream; the column
+            `stream` (0 or 1) tells them apart.
     """
 
     modality = "other"
 
-    def __init__(self, model: Source, unit: bool = False) -> None:
+    def __init__(self, model: Source, unit: bool = False, union: bool = False) -> None:
         if not isinstance(model, TwoTowers):
             raise MmsaeError(f"{type(model).__name__} has not two towers: give OpenCLIP, HFCLIP, CLAP or SceneCLIP.")
         super().__init__([], device=str(model.device))
-        self.inner, self.unit = model, unit
+        self.inner, self.unit, self.union = model, unit, union
         self.names = model.towers
         self._replace: Mapping[str, Callable[[Tensor], Tensor]] = {}
 
@@ -92,6 +98,8 @@ class PairedEmbeddings(Source):
         self, batch: dict[str, Any], replace: Mapping[str, Callable[[Tensor], Tensor]], also: Sequence[str] = ()
     ) -> Iterator[dict[str, Tensor]]:
         """Replace embeddings while the model runs on a batch."""
+        if self.union and set(replace) == {UNION}:
+            replace = dict.fromkeys(self.names, replace[UNION])
         if also or not set(replace) <= set(self.names):
             raise MmsaeError(f"PairedEmbeddings has the streams {' and '.join(self.names)} and no hook points.")
         self._replace = replace
@@ -116,6 +124,12 @@ class PairedEmbeddings(Source):
         """The picture or sound, with its caption."""
         return self.inner.with_tower(self.names[0]).render(item)
 
+    def render_stream(self, item: dict[str, Any], stream: str) -> dict[str, Any]:
+        """The picture or sound; or the caption as it was written, not as it is tokenized."""
+        if stream == "text":
+            return {"kind": "text", "tokens": [text_of(item)]}
+        return self.inner.with_tower(stream).render(item)
+
     def example_items(self) -> list[dict[str, Any]]:
         """Those of the inner source."""
         return self.inner.with_tower(self.names[0]).example_items()
@@ -126,7 +140,8 @@ class PairedEmbeddings(Source):
 
     def describe(self) -> dict[str, Any]:
         """That of the inner source."""
-        return {**self.inner.describe(), "tower": " and ".join(self.names), "unit": self.unit}
+        own = {"tower": " and ".join(self.names), "unit": self.unit, **({"union": True} if self.union else {})}
+        return {**self.inner.describe(), **own}
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -142,4 +157,28 @@ class PairedEmbeddings(Source):
         where = {"position": torch.zeros_like(sample_id), "row": nowhere, "column": nowhere}
         kinds = {"kind": torch.zeros_like(sample_id), "modality": torch.full_like(sample_id, MODALITIES[self.modality])}
         columns = {name: values.to(device) for name, values in batch["columns"].items()}
-        return {ACTS: dict(output), "sample_id": sample_id, **where, **kinds, **columns}
+        rows: Batch = {ACTS: dict(output), "sample_id": sample_id, **where, **kinds, **columns}
+        return self._united(rows) if self.union else rows
+
+    def _united(self, rows: Batch) -> Batch:
+        """All rows of the first stream, then all of the other."""
+        acts, n = list(rows[ACTS].values()), len(rows["sample_id"])
+        if len({x.shape[1] for x in acts}) > 1:
+            raise MmsaeError("union=true needs embeddings of one width.")
+        joined = {name: torch.cat([v] * len(acts)) for name, v in rows.items() if name != ACTS}
+        number = torch.arange(len(acts), device=acts[0].device).repeat_interleave(n)
+        kinds = torch.tensor([MODALITIES[name] for name in self.names], device=number.device)
+        return {**joined, ACTS: {UNION: torch.cat(acts)}, "stream": number, "modality": kinds[number]}
+
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """The stream of texts for some texts that belong to no pair, such as prompts, `[n, embed_dim]`."""
+        other = self.inner.with_tower("text")
+        items = [{"text": text, "sample_id": i} for i, text in enumerate(texts)]
+        with _ONE_AT_A_TIME, torch.inference_mode(False), torch.no_grad():
+            found = other.forward(other.collate(items))
+        return normalize(found, dim=-1) if self.unit else found
+
+    @property
+    def prompts(self) -> Mapping[str, Sequence[str]]:
+        """Name of a label to one text for each of its values."""
+        return self.inner.prompts

@@ -12,7 +12,7 @@ from mmsae.errors import MmsaeError, nearest
 from mmsae.sources.arrays import ArrayInput, example_arrays
 from mmsae.sources.image import ImageSource, Task
 from mmsae.sources.items import example_images
-from mmsae.sources.weights import existing_file, first_line, load_weights, needs
+from mmsae.sources.weights import existing_file, first_line, hub_or_cache, load_weights, needs
 
 
 class _NamedModel(ImageSource):
@@ -102,6 +102,8 @@ class Timm(_NamedModel):
         if self.checkpoint:
             existing_file(self.checkpoint)
         weights = not self.checkpoint and (self.pretrained or name.startswith("local-dir:"))
+        if weights and not name.startswith("local-dir:"):
+            hub_or_cache()
         try:
             model = timm.create_model(name, pretrained=weights, **self.config)
         except TypeError as error:

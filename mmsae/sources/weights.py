@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +42,36 @@ def located(name: str) -> str:
     if wanted not in known:
         raise MmsaeError(f"there is no miniature {wanted!r}; there are {', '.join(known)}.")
     return str(root / wanted)
+
+
+@cache
+def hub_or_cache() -> None:
+    """Ask the hub, once, whether it answers; if not, its libraries look into their cache alone from now on.
+
+    They would otherwise try again for most of a minute before they say that there is no connection.
+    """
+    try:
+        from huggingface_hub import constants
+        from huggingface_hub.utils import get_session
+    except ImportError:
+        return
+    if constants.HF_HUB_OFFLINE:
+        return
+    try:
+        get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception:  # of whatever library it speaks HTTP with
+        constants.HF_HUB_OFFLINE = True
+
+
+@contextmanager
+def without_logs() -> Iterator[None]:
+    """Keep quiet libraries that log an error and raise it besides."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def first_line(error: BaseException, limit: int = 160) -> str:
@@ -111,6 +145,7 @@ def fetched(fetch: Any, name: str, what: str, revision: str | None = None, **arg
     try:
         if folder.is_dir():
             return fetch(str(folder), local_files_only=True, **arguments)
+        hub_or_cache()
         return fetch(name, revision=revision or "main", **arguments)
     except Exception as error:  # OSError, ValueError, safetensors' own … the libraries agree on no type
         why = first_line(error)

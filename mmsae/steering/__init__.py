@@ -39,6 +39,7 @@ from mmsae.steering.select import (
     quantiles,
 )
 from mmsae.steering.sweep import Site, calibrate, sweep
+from mmsae.steering.unlearn import ConceptMeans, Unlearn
 from mmsae.steering.where import (
     At,
     Between,
@@ -57,12 +58,12 @@ from mmsae.steering.word_readouts import AnswerReadout, ContinuationReadout
 
 __all__ = [
     "Ablate", "Add", "AddVector", "AnswerReadout", "Arm", "At", "Attenuate", "Attribution", "Between", "Box",
-    "Clamp", "CodesEdit", "ConceptPosterior", "Conditional", "Context", "ContinuationReadout", "DoseResponse",
-    "Edit", "Examples", "Experiment", "Generated", "ImageTokens", "Intervention", "Judge", "LatentEdit", "Mask",
-    "Only", "Patch", "PosteriorReadout", "Probe", "Project", "Readout", "Reconstruct", "Replace", "Rows",
-    "RuleJudge", "Scale", "Selection", "Site", "Steps", "Suppress", "SuppressRange", "Timesteps", "TokenIds",
-    "VectorEdit", "Where", "attribute", "axbench", "calibrate", "codes_at", "columns_of", "deciding",
-    "difference_in_means", "edited", "experiment", "frequency_difference", "intervene", "matched_random",
-    "mean_difference", "means", "nearest", "probe_direction", "quantiles", "random_direction", "score", "steer",
-    "sweep",
+    "Clamp", "CodesEdit", "ConceptMeans", "ConceptPosterior", "Conditional", "Context", "ContinuationReadout",
+    "DoseResponse", "Edit", "Examples", "Experiment", "Generated", "ImageTokens", "Intervention", "Judge",
+    "LatentEdit", "Mask", "Only", "Patch", "PosteriorReadout", "Probe", "Project", "Readout", "Reconstruct",
+    "Replace", "Rows", "RuleJudge", "Scale", "Selection", "Site", "Steps", "Suppress", "SuppressRange", "Timesteps",
+    "TokenIds", "Unlearn", "VectorEdit", "Where", "attribute", "axbench", "calibrate", "codes_at", "columns_of",
+    "deciding", "difference_in_means", "edited", "experiment", "frequency_difference", "intervene",
+    "matched_random", "mean_difference", "means", "nearest", "probe_direction", "quantiles", "random_direction",
+    "score", "steer", "sweep",
 ]  # fmt: skip

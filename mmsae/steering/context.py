@@ -29,6 +29,8 @@ class Context:
         prompt: Positions of the first call, of which no cache knew anything; None outside a model's own call.
         call: Arguments of the running call of the whole model by name.
         scheduler: That of a diffusion pipeline.
+        thousandths: Whether the denoiser is told timesteps from 0 to 1 where the scheduler counts to 1000 (Flux).
+        prefix: Tokens in front of the patches, where the model tells.
         image_token: Id of the tokens that stand for patches in a multimodal model.
     """
 
@@ -39,6 +41,8 @@ class Context:
     prompt: int | None = None
     call: Mapping[str, Any] = field(default_factory=dict)
     scheduler: Any = None
+    thousandths: bool = False
+    prefix: int | None = None
     image_token: int | None = None
 
     @cached_property
@@ -58,7 +62,7 @@ class Context:
     @cached_property
     def token_ids(self) -> Tensor:
         """Ids of the tokens at the positions, int64 `[B, T]`."""
-        ids = self.call.get("input_ids")
+        ids = self.call.get("input_ids", self.call.get("text"))  # open_clip calls them so
         if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.shape[1] != self.shape[1]:
             raise MmsaeError(
                 "the steered module's positions are no tokens of the model's input_ids; choose positions by number, "
@@ -77,8 +81,8 @@ class Context:
             if ids.shape[1] == T:
                 patches = ids.to(self.device) == self.image_token
                 return self._laid(patches, None)
-        for first in range(min(9, T)):  # class token and registers in front
-            side = math.isqrt(T - first)
+        for first in (0, 1, 5, 2) if self.prefix is None else (self.prefix, 0):  # class token and registers in front
+            side = math.isqrt(max(T - first, 0))
             if side > 1 and side * side == T - first:
                 there = (torch.arange(T, device=self.device) >= first).expand(B, T)
                 return self._laid(there, (side, side))
@@ -115,16 +119,19 @@ class Context:
             raise MmsaeError("there is no timestep: steer a diffusion pipeline, or its denoiser, not a part of it.")
         return torch.as_tensor(given, device=self.device).reshape(-1)
 
+    @property
+    def time(self) -> Tensor:
+        """`timestep` as the scheduler and the rows of a dictionary count it, whatever the denoiser is told."""
+        return self.timestep * 1000 if self.thousandths else self.timestep
+
     @cached_property
     def step(self) -> int:
         """Number of the denoising step, from 0."""
         times = getattr(self.scheduler, "timesteps", None)
         if times is None:
             raise MmsaeError("steps are known of a pipeline only: give the pipeline, or choose by Timesteps.")
-        # SD3 and Flux hand timesteps as they are or in thousandths
-        now = float(self.timestep[0])
-        apart = torch.minimum((times.float().cpu() - now).abs(), (times.float().cpu() / 1000 - now).abs())
-        return int(apart.argmin())
+        times = times.float().cpu() / (1000 if self.thousandths else 1)
+        return int((times - float(self.timestep[0])).abs().argmin())
 
     @cached_property
     def conditional(self) -> Tensor:
@@ -164,6 +171,7 @@ class Tracker:
             self.names = []
         self.start = 0
         self.prompt: int | None = None
+        self.latest = 0.0  # the largest timestep so far
         self.call: dict[str, Any] = {}
 
     @contextmanager
@@ -178,25 +186,30 @@ class Tracker:
 
     def context(self, B: int, T: int, device: torch.device, grid: tuple[int, int] | None) -> Context:
         """Of an activation that has just been computed."""
-        known = (self.start, self.prompt, self.call, self.scheduler, self.image_token)
+        times = getattr(self.scheduler, "timesteps", None)
+        thousandths = times is not None and len(times) > 0 and self.latest <= 1 < float(times[0])
+        prefix = getattr(self.root, "num_prefix_tokens", None)
+        known = (self.start, self.prompt, self.call, self.scheduler, thousandths, prefix, self.image_token)
         return Context((B, T), device, grid, *known)
 
     def _before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         self.call = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        self.start = _cached(self.call.get("past_key_values"))
+        self.start = _cached(self.call)
         given = self.call.get("input_ids")
         given = given if isinstance(given, Tensor) else self.call.get("inputs_embeds")
         if self.start == 0 and isinstance(given, Tensor):
             self.prompt = given.shape[1]
+        if self.scheduler is not None and self.call.get("timestep") is not None:
+            self.latest = max(self.latest, float(torch.as_tensor(self.call["timestep"]).max()))
 
     def _after(self, module: nn.Module, args: tuple, output: Any) -> None:
         self.start, self.call = 0, {}
 
 
-def _cached(cache: Any) -> int:
-    """Positions that a KV cache holds."""
-    if hasattr(cache, "get_seq_length"):
-        return int(cache.get_seq_length())
-    if isinstance(cache, tuple | list) and cache:
-        return int(cache[0][0].shape[-2])
-    return 0
+def _cached(call: Mapping[str, Any]) -> int:
+    """Positions that the KV cache of a call holds; its argument has had several names."""
+    for value in call.values():
+        if hasattr(value, "get_seq_length"):
+            return int(value.get_seq_length())
+    pairs = call.get("past_key_values")  # as older models have it
+    return int(pairs[0][0].shape[-2]) if isinstance(pairs, tuple | list) and pairs else 0

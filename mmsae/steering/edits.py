@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -241,7 +242,7 @@ class Patch(CodesEdit):
         at = (rows.example if B > 1 else rows.example * 0).cpu(), (rows.place if T > 1 else rows.place * 0).cpu()
         values = self.source.values[at].to(codes.values)
         indices = None if self.source.indices is None else self.source.indices[at].to(device)
-        theirs = Codes(values, indices, self.source.d_latent)
+        theirs = Codes(values, indices, self.source.d_latent, codes.extra)
         return theirs if self.latents is None else _mixed(theirs, codes, self.latents.to(device))
 
 
@@ -260,8 +261,8 @@ class Only(CodesEdit):
         kept = self.latents.to(codes.values.device)
         if codes.indices is None:
             mask = torch.zeros(codes.d_latent, dtype=torch.bool, device=kept.device).index_fill_(0, kept, True)
-            return Codes(codes.values * mask, None, codes.d_latent)
-        return Codes(codes.values * torch.isin(codes.indices, kept), codes.indices, codes.d_latent)
+            return replace(codes, values=codes.values * mask)
+        return replace(codes, values=codes.values * torch.isin(codes.indices, kept))
 
 
 class Reconstruct(CodesEdit):
@@ -346,4 +347,5 @@ def _mixed(theirs: Codes, ours: Codes, latents: Tensor) -> Codes:
     assert ours.indices is not None
     taken = theirs.values * torch.isin(theirs.indices, latents)
     kept = ours.values * ~torch.isin(ours.indices, latents)
-    return Codes(torch.cat([kept, taken], -1), torch.cat([ours.indices, theirs.indices], -1), ours.d_latent)
+    indices = torch.cat([ours.indices, theirs.indices], -1)
+    return Codes(torch.cat([kept, taken], -1), indices, ours.d_latent, ours.extra)

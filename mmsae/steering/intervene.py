@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,11 +14,11 @@ from torch import Tensor, nn
 
 from mmsae.codes import Codes
 from mmsae.cores.base import SAECore
+from mmsae.cores.shared_dictionary import SharedDictionary
 from mmsae.errors import MmsaeError
 from mmsae.hooks import capture, edit, resolve
 from mmsae.layout import from_positions, to_positions
 from mmsae.sources.base import Source
-from mmsae.spec import TARGET
 from mmsae.steering.context import Context, Tracker
 from mmsae.steering.edits import Add, CodesEdit, Edit, LatentEdit, Rows, VectorEdit
 
@@ -94,9 +96,11 @@ def intervene(model: Any, interventions: Sequence[Intervention]) -> Iterator[Non
             raise MmsaeError(
                 f"{one.hook_point!r} matches {len(points)} modules; give an intervention for each of them."
             )
-        part = "" if not isinstance(modules, _Parts) else points[0].path.split(".")[0]
+        # a bare Module holds the parts of a pipeline and is never called itself
+        part = points[0].path.split(".")[0] if type(modules) is nn.Module else ""
         if part not in trackers:
             trackers[part] = Tracker(modules.get_submodule(part), scheduler)
+        _warn_if_unread(trackers[part].root, points[0].path)
         functions.append((points[0].name, _Operator(one, trackers[part], channels_last)))
     with ExitStack() as stack:
         for tracker in trackers.values():
@@ -139,10 +143,6 @@ def edited(what: Intervention, x: Tensor) -> Tensor:
     return _Operator(what, Tracker(nn.Identity()), False)._edited(_wide(x), rows).to(x.dtype)
 
 
-class _Parts(nn.Module):
-    """The modules of a pipeline, under their names."""
-
-
 def modules_of(model: Any) -> tuple[nn.Module, Any]:
     """The module whose parts are hooked, and the scheduler of a pipeline."""
     if isinstance(model, Source):
@@ -154,7 +154,7 @@ def modules_of(model: Any) -> tuple[nn.Module, Any]:
         wrapped = isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel)
         return (model.module if wrapped else model), None
     if hasattr(model, "components"):
-        parts = _Parts()
+        parts = nn.Module()
         for name, part in model.components.items():
             if isinstance(part, nn.Module):
                 parts.add_module(name, part)
@@ -187,9 +187,17 @@ class _Operator:
             if any(not isinstance(one, VectorEdit) for one in what.edits):
                 raise MmsaeError(f"the edits at {what.hook_point!r} name latents, so they need a dictionary.")
             return
-        if TARGET in core.spec.streams and any(not isinstance(e, VectorEdit | Add) for e in what.edits):
+        several = len(core.spec.streams) > 1
+        self.stream = what.hook_point if what.hook_point in core.spec.streams else core.spec.input
+        if several and not isinstance(core, SharedDictionary):  # transcoders, crosscoders
+            if any(not isinstance(one, VectorEdit | Add) for one in what.edits):
+                raise MmsaeError(
+                    f"{type(core).__name__} reads more than {what.hook_point!r}: only Add and vectors steer with it."
+                )
+        elif several and what.hook_point not in core.spec.streams:
             raise MmsaeError(
-                f"{type(core).__name__} reads another point than it writes: only Add and vectors steer with it."
+                f"{type(core).__name__} has the streams {', '.join(core.spec.streams)}, and {what.hook_point!r} is "
+                "none of them."
             )
         for one in what.edits:
             latents = getattr(one, "latents", None)
@@ -246,7 +254,7 @@ class _Operator:
     def _steered(self, x: Tensor, group: list[Any], rows: Rows) -> Tensor:
         core = self._core(x)
         latents = torch.cat([one.latents for one in group]).unique().to(x.device)
-        codes = core.encode(x) if self._needs_codes(group) else None
+        codes = self._codes(x, rows) if self._needs_codes(group) else None
         before = x.new_zeros(len(x), len(latents)) if codes is None else columns_of(codes, latents).to(x.dtype)
         after = before
         unit = self.unit.to(x)
@@ -263,27 +271,39 @@ class _Operator:
         else:
             assert codes is not None
             dense = codes.dense().to(x.dtype).index_copy(1, latents, after)
-            new = _tensor(core.decode(Codes(dense, None, codes.d_latent)))
+            new = self._decoded(replace(codes, values=dense, indices=None))
             if not self.what.keep_error:
                 return new.to(x.dtype)
-            change = (new - _tensor(core.decode(codes))).to(x.dtype)
+            change = (new - self._decoded(codes)).to(x.dtype)
         touched = (difference != 0).any(-1, keepdim=True)
         return torch.where(touched, x + change, x)
 
     def _recoded(self, x: Tensor, one: CodesEdit, rows: Rows) -> Tensor:
-        core = self._core(x)
-        codes = core.encode(x)
+        codes = self._codes(x, rows)
         changed = one.codes(codes, rows)
-        new = _tensor(core.decode(changed)).to(x.dtype)
-        if not self.what.keep_error:
-            return new
-        if changed is codes:
+        if self.what.keep_error and changed is codes:
             return x
-        return x + (new - _tensor(core.decode(codes)).to(x.dtype))
+        new = self._decoded(changed).to(x.dtype)
+        return x + (new - self._decoded(codes).to(x.dtype)) if self.what.keep_error else new
 
     def _needs_codes(self, group: list[Any]) -> bool:
         assert self.core is not None
         return any(one.reads for one in group) or not self.what.keep_error or not self.core.linear_decode
+
+    def _codes(self, x: Tensor, rows: Rows) -> Codes:
+        core = self._core(x)
+        if isinstance(core, SharedDictionary):
+            return core.encode_stream(self.stream, x)
+        if "timestep" not in core.needs or "timestep" not in rows.context.call:
+            return core.encode(x)
+        time = rows.context.time.expand(rows.context.shape[0])
+        return core.encode(x, {"timestep": time[rows.example]})
+
+    def _decoded(self, codes: Codes) -> Tensor:
+        core = self.core
+        found = core.decode_stream(self.stream, codes) if isinstance(core, SharedDictionary) else core.decode(codes)  # type: ignore[union-attr]
+        assert isinstance(found, Tensor)
+        return found
 
     def _core(self, x: Tensor) -> SAECore:
         assert self.core is not None
@@ -306,6 +326,23 @@ class _Operator:
         return scale
 
 
+def _warn_if_unread(model: nn.Module, path: str) -> None:
+    """Say so where a LLaVA takes the states of an earlier layer of its tower than the one that is steered."""
+    config = getattr(model, "config", None)
+    chosen = getattr(config, "vision_feature_layer", None)
+    found = re.search(r"vision_tower\..*layers\.(\d+)", path)
+    depth = getattr(getattr(config, "vision_config", None), "num_hidden_layers", None)
+    if found is None or chosen is None or depth is None:
+        return
+    read = max(i if i >= 0 else depth + 1 + i for i in ([chosen] if isinstance(chosen, int) else chosen)) - 1
+    if int(found[1]) > read:
+        warnings.warn(
+            f"{type(model).__name__} reads layer {read} of its vision tower, so nothing will change by steering "
+            f"{path!r} behind it.",
+            stacklevel=4,
+        )
+
+
 def columns_of(codes: Codes, latents: Tensor) -> Tensor:
     """Codes of some latents (ascending, int64 `[n]`) as a matrix `[R, n]`."""
     if codes.indices is None:
@@ -318,9 +355,3 @@ def columns_of(codes: Codes, latents: Tensor) -> Tensor:
 def _wide(x: Tensor) -> Tensor:
     """In float32 at least."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _tensor(reconstruction: Tensor | dict[str, Tensor]) -> Tensor:
-    if isinstance(reconstruction, Tensor):
-        return reconstruction
-    raise MmsaeError("a dictionary of several streams steers by Add and vectors only.")

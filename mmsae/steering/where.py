@@ -176,7 +176,7 @@ class Timesteps(Where):
 
     def __call__(self, context: Context) -> Tensor:
         """See the class."""
-        now = context.timestep
+        now = context.time
         inside = (now >= self.low) & (now <= self.high)
         return (inside if len(now) == context.shape[0] else inside[:1])[:, None]
 

@@ -66,7 +66,8 @@ class EncodeModule(StoreWritingModule[CodeWriter]):
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """One batch, to disk."""
         columns = {name: column for name, column in batch.items() if isinstance(column, Tensor)}
-        self.writer_of(dataloader_idx).add(self.core.encode(self.core.inputs(in_float32(batch)), batch), columns)
+        codes = self.core.encode(self.core.inputs(in_float32(batch)), batch)
+        self.writer_of(dataloader_idx).add(*self.core.by_row(codes, columns))
 
     def finish(self, split: Split, writer: CodeWriter) -> None:
         """Write the manifest."""

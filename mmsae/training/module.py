@@ -12,8 +12,9 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
+from mmsae import artifact
 from mmsae.codes import Codes
-from mmsae.cores import Losses, SAECore
+from mmsae.cores import VLSAE, AlignmentAutoencoder, Losses, SAECore
 from mmsae.cores.base import squared_error, variance
 from mmsae.errors import MmsaeError, checked
 from mmsae.metrics import Fidelity
@@ -46,6 +47,7 @@ class SAEModule(L.LightningModule):
         schedule_steps: Length of the schedules in steps; None is the length of this run. Set it when a run is to be
             continued later beyond its own end, so that both parts follow one schedule.
         end_to_end: Train for what the model does with the reconstructions; needs `data.whole_examples=true`.
+        alignment: Run, or sae folder, of a trained AlignmentAutoencoder, whose embeddings VLSAE (`aligned`) reads.
     """
 
     started: Tensor
@@ -64,6 +66,7 @@ class SAEModule(L.LightningModule):
         sample_rows: int = 65536,
         schedule_steps: int | None = None,
         end_to_end: EndToEnd | None = None,
+        alignment: str | None = None,
     ) -> None:
         super().__init__()
         if spec is None:
@@ -91,6 +94,9 @@ class SAEModule(L.LightningModule):
         self.normalisers = nn.ModuleDict(
             {stream.replace(".", "/"): Normaliser(width, normalise) for stream, width in spec.streams.items()}
         )
+        self.alignment = alignment
+        if alignment is not None:
+            align([core for _, core in self._cores()], alignment, normalise)
         widths = {name: sum(core.spec.streams[stream] for stream in core.outputs) for name, core in self._cores()}
         self.fidelity = nn.ModuleDict({name: Fidelity(widths[name], core.d_latent) for name, core in self._cores()})
         self.register_buffer("started", torch.zeros((), dtype=torch.bool))
@@ -365,11 +371,8 @@ class SAEModule(L.LightningModule):
         normalised = self.normalised(batch)
         codes = self.core.encode(self.core.inputs(normalised), normalised).sparse()
         assert codes.indices is not None
-        return {
-            "values": codes.values,
-            "indices": codes.indices,
-            **{k: v for k, v in batch.items() if isinstance(v, Tensor)},
-        }
+        codes, columns = self.core.by_row(codes, {k: v for k, v in batch.items() if isinstance(v, Tensor)})
+        return {"values": codes.values, "indices": codes.indices, **columns}
 
     # ---- checkpoints and the export
 
@@ -395,6 +398,21 @@ class SAEModule(L.LightningModule):
             affine = {s: self._normaliser(s).affine for s in core.spec.streams}
             core.fold({s: a._replace(mean=a.mean.cpu(), scale=a.scale.cpu()) for s, a in affine.items()})
         return core.eval().requires_grad_(False)
+
+
+def align(cores: list[SAECore], folder: str, normalise: Mode) -> None:
+    """Put a trained alignment autoencoder before the cores that read its embeddings."""
+    autoencoder = artifact.load(folder)
+    reading = [core for core in cores if isinstance(core, VLSAE) and core.aligned]
+    if not isinstance(autoencoder, AlignmentAutoencoder) or not reading:
+        raise MmsaeError(
+            f"model.alignment={folder} holds a {type(autoencoder).__name__}, and goes with an AlignmentAutoencoder and "
+            "a VLSAE with aligned=WIDTH: check both."
+        )
+    if normalise != "none":
+        raise MmsaeError(f"an alignment autoencoder reads raw activations: set normalise=none instead of {normalise}.")
+    for core in reading:
+        core.align(autoencoder)
 
 
 def log_density(logger: Any, name: str, metric: Fidelity, step: int) -> None:

@@ -117,3 +117,25 @@ def test_without_items_there_are_numbers_only():
         assert all(e["media"] is None for e in entry["examples"])
         values = [abs(e["activation"]) for e in entry["examples"]]
         assert values == sorted(values, reverse=True)
+
+
+def test_pairs_have_examples_of_each_stream():
+    import modalities
+
+    result = modalities.pairs(n_examples=2)
+    first = result.latents[0]
+    assert [side["name"] for side in first["sides"]] == ["image", "text"]
+    assert [side["density"] for side in first["sides"]] == [3 / 9, 3 / 9]
+    assert [side["max"] for side in first["sides"]] == pytest.approx([3.0, 1.6])
+    shown = [(e["side"], e["sample"], e["activation"]) for e in first["examples"]]
+    assert shown == [(0, 0, pytest.approx(3.0)), (0, 3, pytest.approx(2.7)), (1, 6, pytest.approx(1.6)),
+                     (1, 3, pytest.approx(1.3))]  # fmt: skip
+    kinds = [result.media[e["media"]]["kind"] for e in first["examples"]]
+    assert kinds == ["image", "image", "text", "text"]
+    assert result.media[first["examples"][1]["media"]]["text"] == "a red ball, take 3"
+    assert result.media[first["examples"][3]["media"]]["tokens"] == [
+        "a red ball, take 3"
+    ]  # the same pair, not its picture
+    assert [{e["side"] for e in latent["examples"]} for latent in result.latents[1:]] == [{0}, {1}]
+    assert result.latents[1]["sides"][1] == {"name": "text", "density": 0.0, "max": 0.0}
+    assert "sides" not in modalities.masks().latents[0]

@@ -16,8 +16,11 @@ from mmsae.cores import (
     ITDA,
     NMF,
     PCA,
+    SAEV,
+    VLSAE,
     AbsTopK,
     Affine,
+    AlignmentAutoencoder,
     Archetypal,
     Atoms,
     BatchTopK,
@@ -28,6 +31,7 @@ from mmsae.cores import (
     GradientTopK,
     GroupBias,
     GroupMax,
+    GroupSparse,
     JumpReLU,
     JumpReLUSkipTranscoder,
     KMeans,
@@ -41,7 +45,9 @@ from mmsae.cores import (
     RandomDictionary,
     SAECore,
     SemiNMF,
+    SharedDictionary,
     SkipTranscoder,
+    Temporal,
     TopAFA,
     TopKCrosscoder,
     Variational,
@@ -54,11 +60,30 @@ from mmsae.training.normalise import Normaliser, moments
 
 D, M = 12, 24
 TWO = {"one": 5, "other": 7}
+PAIR = {"image": D, "text": D}
+
+
+def aligned():
+    """A VLSAE in the space of an alignment autoencoder."""
+    core = VLSAE(PAIR, M, k=5, aligned=8)
+    core.align(AlignmentAutoencoder(PAIR, 8))
+    return core
+
+
 CASES = {
     "Crosscoder": lambda: Crosscoder(TWO, M, l1_coefficient=0.1),
     "Crosscoder-exclusive": lambda: Crosscoder(TWO, M, l1_coefficient=0.1, exclusive=0.25),
     "TopKCrosscoder": lambda: TopKCrosscoder(TWO, M, k=3, dead_after=40),
     "BatchTopKCrosscoder": lambda: BatchTopKCrosscoder(TWO, M, k=3, exclusive=0.25, dead_after=40),
+    "GroupSparse": lambda: GroupSparse(PAIR, M, k=3),
+    "GroupSparse-masked": lambda: GroupSparse(PAIR, M, k=3, mask_probability=0.2),
+    "GroupSparse-masked-by-sample": lambda: GroupSparse(PAIR, M, k=3, mask_probability=0.2, mask_scope="sample"),
+    "GroupSparse-AuxK": lambda: GroupSparse(PAIR, M, k=3, aux_coefficient=1 / 32, dead_after=40),
+    "VLSAE": lambda: VLSAE(PAIR, M, k=5),
+    "VLSAE-S": lambda: VLSAE(PAIR, M, k=5, encoder="linear", shared_decoder=True),
+    "VLSAE-D": lambda: VLSAE(PAIR, M, k=5, encoder="linear", shared_encoder=False),
+    "VLSAE-aligned": aligned,
+    "AlignmentAutoencoder": lambda: AlignmentAutoencoder(PAIR, M),
     "ICA": lambda: ICA(D, 8, k=3),
     "ITDA": lambda: ITDA(D, 150, k=4),
     "ITDA-full": lambda: ITDA(D, M, k=4, threshold=0.1),
@@ -75,6 +100,9 @@ CASES = {
     "GroupMax": lambda: GroupMax(D, M, k=3, dead_after=40),
     "MultiTopK": lambda: MultiTopK(D, M, k=3, dead_after=40),
     "PAnneal": lambda: PAnneal(D, M, anneal_start=2, anneal_end=22, n_updates=3),
+    "Temporal": lambda: Temporal(D, M, k=3, default_timestep=400, dead_after=40),
+    "Temporal-statistics": lambda: Temporal(D, M, k=3, modulation="statistics", default_timestep=400, dead_after=40),
+    "Temporal-none": lambda: Temporal(D, M, k=3, modulation="none", dead_after=40),
     "TopAFA": lambda: TopAFA(D, M, dead_after=40),
     "TopAFA-k_max": lambda: TopAFA(D, M, k_max=3, dead_after=40),
     "Archetypal": lambda: Archetypal(D, M, k=3, delta=0.3, dead_after=40),
@@ -98,6 +126,8 @@ CASES = {
     "RandomDictionary": lambda: RandomDictionary(D, M, k=3),
     "ReLU": lambda: ReLUCore(D, M, l1_coefficient=0.1),
     "ReLU-unit": lambda: ReLUCore(D, M, l1_coefficient=0.1, decoder_norm="unit"),
+    "SAEV": lambda: SAEV(D, M, target_l0=4, l1_coefficient=0.1),
+    "SAEV-free": lambda: SAEV(D, M, target_l0=None, l1_coefficient=0.1, decoder_norm="free"),
     "TopK": lambda: TopKCore(D, M, k=3, dead_after=40),
 }
 TRANSCODERS = {
@@ -116,6 +146,7 @@ TRANSCODERS = {
     "JumpReLU": lambda: JumpReLU({"x": D, TARGET: 7}, M, target_l0=4, threshold=0.3),
     "Matryoshka": lambda: Matryoshka({"x": D, TARGET: 7}, M, k=3),
     "ReLU": lambda: ReLUCore({"x": D, TARGET: 7}, M),
+    "SAEV": lambda: SAEV({"x": D, TARGET: 7}, M, target_l0=4),
     "TopK": lambda: TopKCore({"x": D, TARGET: 7}, M, k=3),
 }
 MODES = ("none", "center", "scale", "center_scale", "whiten")
@@ -129,6 +160,8 @@ MIX = torch.randn(D, D, generator=torch.Generator().manual_seed(9)) / D**0.5
 
 
 def batch_of(x, core):
+    if isinstance(core, SharedDictionary):
+        return {ACTS: {"image": x, "text": 0.6 * x + 0.8 * x.sin()}}
     if len(set(core.spec.streams) - {TARGET}) > 1:
         return {ACTS: dict(zip(core.spec.streams, x.split(list(core.spec.streams.values()), -1), strict=True))}
     acts = {core.spec.input: x}
@@ -136,6 +169,8 @@ def batch_of(x, core):
         acts[TARGET] = x[..., : core.spec.d_out] ** 2
     if GRADS in core.needs:
         return {ACTS: acts, GRADS: {stream: 1e-3 * x.cos() for stream, x in acts.items()}}
+    if "token_type" in core.needs:
+        return {ACTS: acts, "token_type": torch.arange(len(x)) % 2}
     return {ACTS: acts}
 
 
@@ -145,7 +180,8 @@ def joined(reconstruction):
 
 
 def directions(core):
-    return joined(core.dictionaries) if hasattr(core, "dictionaries") else core.dictionary
+    shared = isinstance(core, SharedDictionary)  # a tensor is its first stream
+    return joined(core.dictionaries) if hasattr(core, "dictionaries") and not shared else core.dictionary
 
 
 def trained(make, steps=12):
@@ -383,6 +419,7 @@ def test_a_run_can_be_repeated_and_resumed_to_the_bit(make):
 # ---- dead latents
 
 REVIVING = [name for name, make in LEARNING.items() if hasattr(make(), "dead_after")
+            and getattr(make(), "aux_coefficient", 1)
             and getattr(make(), "sparsity_loss", "tanh") == "tanh"]  # fmt: skip
 
 
@@ -461,9 +498,12 @@ def fold_and_compare(make, mode, seed):
         affines[stream], x[stream] = affine(width, mode, seed + number)
     read = [stream for stream in core.spec.streams if stream != TARGET]
     written = [TARGET] if TARGET in core.spec.streams else read
-    raw = torch.cat([x[stream] for stream in read], -1)
+    normalised = {stream: affines[stream].apply(x[stream]) for stream in read}
+    raw = {stream: x[stream] for stream in read}
+    if not isinstance(core, SharedDictionary):  # which has a code for each
+        normalised, raw = (torch.cat(list(streams.values()), -1) for streams in (normalised, raw))
     with torch.no_grad():
-        before = core.encode(torch.cat([affines[stream].apply(x[stream]) for stream in read], -1))
+        before = core.encode(normalised)
         out = joined(core.decode(before)).split([core.spec.streams[stream] for stream in written], -1)
         want = torch.cat([affines[stream].invert(part) for stream, part in zip(written, out, strict=True)], -1)
         core.fold(affines)

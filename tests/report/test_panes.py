@@ -42,7 +42,7 @@ def test_every_kind_is_drawn_without_complaint(browser, pages, name):
     assert clean(browser)
 
 
-@pytest.mark.parametrize("name", ["audio", "ecg", "eeg", "masks", "boxes", "diffusion"])
+@pytest.mark.parametrize("name", ["audio", "ecg", "eeg", "masks", "boxes", "diffusion", "pairs", "sound pairs"])
 def test_narrow_windows_do_not_scroll_sideways(browser, pages, name):
     size = {"width": 400, "height": 800, "deviceScaleFactor": 1, "mobile": False}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
@@ -282,3 +282,44 @@ def test_a_full_page_says_what_it_left_out(browser, tmp_path):
     assert len(css(browser, "#detail .player")) == 1  # the strongest example keeps its sound
     assert "not stored" in css(browser, "#detail figure")[1].text
     assert clean(browser)
+
+
+def test_concept_sets_stand_side_by_side(browser, pages):
+    load(browser, pages("pairs"), "#latent-0")
+    sets = until(lambda: css(browser, "#detail .set > section"))
+    assert [s.find_element("css selector", "h3").text for s in sets] == ["Strongest pictures", "Strongest captions"]
+    assert abs(sets[0].location["y"] - sets[1].location["y"]) < 1
+    assert sets[0].location["x"] + sets[0].size["width"] <= sets[1].location["x"]
+    assert len(sets[0].find_elements("css selector", "figure img")) == 3
+    said = [reading.text.split("\n") for reading in sets[1].find_elements("css selector", ".reading")]
+    assert said == [["1.60", "a red ball, take 6"], ["1.30", "a red ball, take 3"], ["1.00", "a red ball, take 0"]]
+    assert "fires on 33 %" in sets[0].text
+    assert css(browser, "#detail aside .figures")[0].text.split("\n")[:2] == ["Balance", "1.00"]
+
+
+def test_a_latent_of_one_modality_says_so_and_sorts_last_by_balance(browser, pages):
+    load(browser, pages("pairs"), "#latents")
+    cards = until(lambda: css(browser, ".card"))
+    texts = {card.get_attribute("href").rpartition("-")[2]: card.text for card in cards}
+    assert "silent: captions" in texts["1"]
+    assert "silent: pictures" in texts["2"]
+    assert "a red ball, take 6" in texts["0"]
+    assert len(css(browser, "a[href='#latent-0'] .montage .picture")) == 3
+    sort = css(browser, "#sort option")
+    next(option for option in sort if option.text == "Balance").click()
+    order = until(lambda: [card.get_attribute("href").rpartition("-")[2] for card in css(browser, ".card")])
+    assert order == ["0", "1", "2"]
+    css(browser, "#order")[0].click()
+    order = [card.get_attribute("href").rpartition("-")[2] for card in css(browser, ".card")]
+    assert order == ["1", "2", "0"]
+    load(browser, pages("pairs"), "#latent-1")
+    assert until(lambda: "It is silent here." in css(browser, "#detail")[0].text)
+    assert clean(browser)
+
+
+def test_sounds_stand_beside_captions_and_play(browser, pages):
+    load(browser, pages("sound pairs"), "#latent-0")
+    sets = until(lambda: css(browser, "#detail .set > section"))
+    assert [s.find_element("css selector", "h3").text for s in sets] == ["Strongest sounds", "Strongest captions"]
+    assert len(sets[0].find_elements("css selector", ".play")) == 3
+    assert "a beep and a siren, take 6" in sets[1].text

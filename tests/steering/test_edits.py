@@ -6,7 +6,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from mmsae.codes import Codes
-from mmsae.cores import BatchTopK, JumpReLU, PolySAE, ReLU, SkipTranscoder, TopK
+from mmsae.cores import VLSAE, BatchTopK, JumpReLU, PolySAE, ReLU, SkipTranscoder, TopK, TopKCrosscoder
 from mmsae.errors import MmsaeError
 from mmsae.hooks import capture
 from mmsae.spec import ActivationSpec
@@ -241,15 +241,42 @@ def test_a_transcoder_steers_by_adding_only(net):
         pass
 
 
+def test_a_dictionary_with_a_code_for_each_stream_reads_the_one_that_is_steered(net):
+    torch.manual_seed(0)
+    core = VLSAE(ActivationSpec({"first": D, "last": D}), M, k=4).eval().requires_grad_(False)
+    clean = at_first(net)
+    codes = core.encode_stream("first", clean)
+    j = int(codes.firings().argmax())
+    with steer(net, core, "first", Ablate(j)):
+        steered = at_first(net)
+    assert_close(steered, clean - codes.dense()[..., j, None] * core.dictionaries["first"][j], atol=1e-5, rtol=1e-4)
+    with pytest.raises(MmsaeError, match="has the streams first, last, and 'first:input' is none of them"):  # noqa: SIM117
+        with steer(net, core, "first:input", Ablate(j)):
+            pass
+
+
+def test_a_crosscoder_writes_its_own_rows_at_each_point(net):
+    core = TopKCrosscoder(ActivationSpec({"first": D, "last": D}), M, k=4).eval().requires_grad_(False)
+    clean = net(X)
+    with steer(net, core, "last", Add(1, 2.0)):
+        assert_close(net(X), clean + 2 * core.dictionaries["last"][1])
+    with pytest.raises(MmsaeError, match="reads more than 'last'"), steer(net, core, "last", Ablate(1)):
+        pass
+
+
 def test_the_model_is_as_it_was_after_an_exception(net):
     clean = net(X)
 
     def hooks():
         return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in net.modules())
 
-    with pytest.raises(ZeroDivisionError), steer(net, CORES[0], "first", Add(0, 5.0)):
-        assert not torch.equal(net(X), clean)
-        raise ZeroDivisionError
+    def interrupted():
+        with steer(net, CORES[0], "first", Add(0, 5.0)):
+            assert not torch.equal(net(X), clean)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        interrupted()
     assert hooks() == 0
     assert torch.equal(net(X), clean)
 

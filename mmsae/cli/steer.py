@@ -23,7 +23,7 @@ from mmsae.sources import Source
 from mmsae.steering import Ablate, Add, Clamp, Edit, Scale, Suppress, mean_difference, quantiles, steer
 
 EDITS: dict[str, Any] = {"add": Add, "clamp": Clamp, "scale": Scale, "suppress": Suppress, "ablate": Ablate}
-UNITS = "99th percentiles of its own activations"
+UNITS = "the 99th percentile of its own activations"
 
 
 def steer_one(
@@ -104,7 +104,7 @@ def steer_one(
         shown[edit if edit == "ablate" else f"{edit} {amount:g}"] = answer
     told = f"latent {', '.join(map(str, chosen))} of {point}"
     if scale is not None:
-        told += f"; 1 is {', '.join(f'{float(scale[i]):.3g}' for i in chosen)}, the {UNITS}"
+        told += f"; 1 is {', '.join(f'{float(scale[i]):.3g}' for i in chosen)}, {UNITS}"
     show(shown, asked, told)
 
 
@@ -183,13 +183,17 @@ def run(args: list[str]) -> None:
         import_module("mmsae.cli.steer_bench").run(args[1:])
         return
     quiet()
-    words = [single(word) for word in args[1:]]
-    auto_cli(steer_one, args=words, as_positional=False, parser_class=Parser)
+    auto_cli(steer_one, args=listed(args[1:]), as_positional=False, parser_class=Parser)
 
 
-def single(word: str) -> str:
-    """`--latent=12` as the list that it stands for."""
-    name, equals, value = word.partition("=")
-    if name in ("--latent", "--strength") and equals and not value.startswith("["):
-        return f"{name}=[{value}]"
-    return word
+def listed(words: list[str]) -> list[str]:
+    """`--latent 12` and `--strength=1,2` as the lists that they stand for."""
+    found: list[str] = []
+    rest = iter(words)
+    for word in rest:
+        name, equals, value = word.partition("=")
+        if name in ("--latent", "--strength"):
+            value = value if equals else next(rest, "")
+            word = f"{name}={value}" if value.startswith("[") else f"{name}=[{value}]"
+        found.append(word)
+    return found

@@ -33,7 +33,7 @@ def bench(
     layers: list[str] | None = None,
     others: list[str] | None = None,
     strengths: list[float] | None = None,
-    edit: Literal["add", "clamp"] = "add",
+    edit: Literal["add", "clamp", "swap"] = "add",
     where: str = "all",
     candidates: int = 3,
     contexts: int = 100,
@@ -59,7 +59,8 @@ def bench(
         layers: Further dictionaries, for the grid of layers and strengths: folders, or all for those of the run.
         others: Labels that should not change; default: those that do not follow from the steered one.
         strengths: In units of the 99th percentile of each latent's activations.
-        edit: Add to the code, or set it.
+        edit: Add to the code, set it, or swap: the codes of the latents of all other values go over to it, so that
+            nothing happens where none of them fires.
         where: Positions, see mmsae steer --help.
         candidates: Latents to choose from, by mean difference; the control has as many.
         contexts: Items to steer.

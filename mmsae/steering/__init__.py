@@ -22,6 +22,7 @@ from mmsae.steering.edits import (
     Scale,
     Suppress,
     SuppressRange,
+    Swap,
     VectorEdit,
 )
 from mmsae.steering.experiment import Arm, Experiment, experiment
@@ -61,8 +62,8 @@ __all__ = [
     "Clamp", "CodesEdit", "ConceptMeans", "ConceptPosterior", "Conditional", "Context", "ContinuationReadout",
     "DoseResponse", "Edit", "Examples", "Experiment", "Generated", "ImageTokens", "Intervention", "Judge",
     "LatentEdit", "Mask", "Only", "Patch", "PosteriorReadout", "Probe", "Project", "Readout", "Reconstruct",
-    "Replace", "Rows", "RuleJudge", "Scale", "Selection", "Site", "Steps", "Suppress", "SuppressRange", "Timesteps",
-    "TokenIds", "Unlearn", "VectorEdit", "Where", "attribute", "axbench", "calibrate", "codes_at", "columns_of",
+    "Replace", "Rows", "RuleJudge", "Scale", "Selection", "Site", "Steps", "Suppress", "SuppressRange", "Swap",
+    "Timesteps", "TokenIds", "Unlearn", "VectorEdit", "Where", "attribute", "axbench", "calibrate", "codes_at", "columns_of",
     "deciding", "difference_in_means", "edited", "experiment", "frequency_difference", "intervene",
     "matched_random", "mean_difference", "means", "nearest", "probe_direction", "quantiles", "random_direction",
     "score", "steer", "sweep",

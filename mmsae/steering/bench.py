@@ -14,7 +14,7 @@ from mmsae.errors import MmsaeError, checked
 from mmsae.results import Result
 from mmsae.steering.context import Context
 from mmsae.steering.dose import DoseResponse
-from mmsae.steering.edits import Add, Clamp, Edit
+from mmsae.steering.edits import Add, Clamp, Edit, Swap
 from mmsae.steering.experiment import SELECTED, Experiment, experiment, halves
 from mmsae.steering.fragility import Confounded, confounded, confusion
 from mmsae.steering.judges import Judge, axbench
@@ -24,6 +24,7 @@ from mmsae.steering.targets import Contexts, Layer
 from mmsae.steering.word_readouts import ContinuationReadout
 
 EDITS: dict[str, Callable[[int, float], Edit]] = {"add": Add, "clamp": Clamp}
+SWAP = "swap"
 SPREAD_ROWS = 2000
 
 
@@ -57,7 +58,7 @@ class SteeringBench:
     Attributes:
         values: Numbers of the values of the label.
         strengths: In units of the 99th percentile of each latent's codes.
-        edit: "add" or "clamp".
+        edit: "add", "clamp", or "swap": the codes of the latents of all other values go over to the one that steers.
         where: Weight of every position.
         candidates: Latents tried for each value; the control has as many tries.
         seed: Of halves, controls and resamples.
@@ -85,8 +86,8 @@ class SteeringBench:
         """
         from mmsae.steering.bench_result import result_of
 
-        if self.edit not in EDITS:
-            raise MmsaeError(f"edit={self.edit!r} is unknown; choose {' or '.join(EDITS)}.")
+        if self.edit not in (*EDITS, SWAP):
+            raise MmsaeError(f"edit={self.edit!r} is unknown; choose {', '.join(EDITS)} or {SWAP}.")
         checked("candidates", self.candidates, 1)
         ledger = Ledger() if ledger is None else ledger
         found = Found([contexts.names[contexts.label][v] for v in self.values], contexts.names[contexts.label])
@@ -102,6 +103,14 @@ class SteeringBench:
             self._judged(layers[0], contexts, found, judge)
         return result_of(found, self, contexts, layers)
 
+    def _edit(self, layer: Layer, contexts: Contexts, value: int) -> Callable[[int, float], Edit]:
+        if self.edit != SWAP:
+            return EDITS[self.edit]
+        others = [v for v in range(len(contexts.names[contexts.label])) if v != value]
+        chosen = [layer.choose(contexts.label, v, self.candidates, self.seed)[0].ids.tolist() for v in others]
+        sources = {i for ids in chosen for i in ids}
+        return lambda i, strength: Swap(i, sorted(sources - {i}), strength)
+
     def _site(self, layer: Layer, model: Any) -> Site:
         return Site(model, layer.core, layer.name, self.where, layer.scale)
 
@@ -112,7 +121,7 @@ class SteeringBench:
         name = contexts.names[contexts.label][value]
         site = self._site(layer, contexts.data.source)
         selection, control = layer.choose(contexts.label, value, self.candidates, self.seed)
-        make = EDITS[self.edit]
+        make = self._edit(layer, contexts, value)
         rows = layer.x[:SPREAD_ROWS]
         if layer is main:
             one = experiment(

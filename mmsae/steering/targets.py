@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -41,6 +41,7 @@ class Layer:
         held_out: Codes of another split.
         x: Some activations of the first split `[n, d]`, and where each comes from among its rows.
         at: Rows of `x` in `latents`, int64 `[n]`.
+        choices: Made already.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Layer:
     held_out: LatentStore
     x: Tensor
     at: np.ndarray
+    choices: dict[Any, tuple[Selection, Tensor]] = field(default_factory=dict)
 
     @cached_property
     def scale(self) -> Tensor:
@@ -63,12 +65,16 @@ class Layer:
 
     def choose(self, label: str, value: int, n: int, seed: int) -> tuple[Selection, Tensor]:
         """Latents that tell a value from the others, and as many that fire about as often."""
+        key = (label, value, n, seed)
+        if key in self.choices:
+            return self.choices[key]
         positive = self.latents.labels()[label] == value
         selection = mean_difference(self.latents, positive, n=n)
         live = self.scale[selection.ids] > 0
         if not live.all():
             raise MmsaeError(f"only {int(live.sum())} latents of {self.name} fire in the data, fewer than {n}.")
-        return selection, matched_random(self.latents, selection.ids, self.rows, 1, seed)[:, 0]
+        self.choices[key] = selection, matched_random(self.latents, selection.ids, self.rows, 1, seed)[:, 0]
+        return self.choices[key]
 
     def directions(self, label: str, value: int, like: Selection) -> dict[str, Make]:
         """Difference of means and probe; a strength of 1 moves as far as one of the chosen latents, on average."""

@@ -47,9 +47,7 @@ def steer_one(
     max_rows: int = 100_000,
     threads: int | None = None,
 ) -> None:
-    """Steer the model of a run with latents of its dictionary, and show what it does beside what it did.
-
-    mmsae steer bench measures steering with many latents and controls: mmsae steer bench --help.
+    """Steer the model of a run with latents, and show what it does beside what it did; mmsae steer bench measures it.
 
     Args:
         run: Folder of a `mmsae fit` run.

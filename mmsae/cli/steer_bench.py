@@ -22,7 +22,7 @@ from mmsae.steering.bench import SteeringBench, settings_of
 from mmsae.steering.judges import Judge
 from mmsae.steering.ledger import Ledger
 from mmsae.steering.sweep import STRENGTHS
-from mmsae.steering.targets import Contexts, read_layers, unrelated
+from mmsae.steering.targets import Contexts, read_layers, unrelated, writes
 
 
 def bench(
@@ -91,6 +91,11 @@ def bench(
     for other in others or []:
         if other not in names:
             raise MmsaeError(f"--others: the data have no label {other!r}; nearest: {nearest(other, names)}.")
+    if judge is not None and not writes(data.source):
+        raise MmsaeError(f"a judge rates texts, and {type(data.source).__name__} writes none: leave --judge out.")
+    checked("contexts", contexts, 4)
+    numbers = [names[label].index(value) for value in wanted]
+    plan = SteeringBench(numbers, tuple(strengths or STRENGTHS), edit, position, candidates, seed)
     paths = [sae or run, *_layers(folder, layers or [])]
     cores = {path: mmsae.artifact.load(path) for path in paths}
     _distinct(cores)

@@ -63,8 +63,8 @@ __all__ = [
     "DoseResponse", "Edit", "Examples", "Experiment", "Generated", "ImageTokens", "Intervention", "Judge",
     "LatentEdit", "Mask", "Only", "Patch", "PosteriorReadout", "Probe", "Project", "Readout", "Reconstruct",
     "Replace", "Rows", "RuleJudge", "Scale", "Selection", "Site", "Steps", "Suppress", "SuppressRange", "Swap",
-    "Timesteps", "TokenIds", "Unlearn", "VectorEdit", "Where", "attribute", "axbench", "calibrate", "codes_at", "columns_of",
-    "deciding", "difference_in_means", "edited", "experiment", "frequency_difference", "intervene",
+    "Timesteps", "TokenIds", "Unlearn", "VectorEdit", "Where", "attribute", "axbench", "calibrate", "codes_at",
+    "columns_of", "deciding", "difference_in_means", "edited", "experiment", "frequency_difference", "intervene",
     "matched_random", "mean_difference", "means", "nearest", "probe_direction", "quantiles", "random_direction",
     "score", "steer", "sweep",
 ]  # fmt: skip

@@ -20,7 +20,7 @@ from mmsae.steering.fragility import Confounded, confounded, confusion
 from mmsae.steering.judges import Judge, axbench
 from mmsae.steering.ledger import Ledger
 from mmsae.steering.sweep import STRENGTHS, Site, sweep
-from mmsae.steering.targets import Contexts, Layer
+from mmsae.steering.targets import Contexts, Layer, writes
 from mmsae.steering.word_readouts import ContinuationReadout
 
 EDITS: dict[str, Callable[[int, float], Edit]] = {"add": Add, "clamp": Clamp}
@@ -73,6 +73,14 @@ class SteeringBench:
     seed: int = 0
     n_boot: int = 1000
 
+    def __post_init__(self) -> None:
+        if self.edit not in (*EDITS, SWAP):
+            raise MmsaeError(f"edit={self.edit!r} is unknown; choose {', '.join(EDITS)} or {SWAP}.")
+        if len({checked("strength", float(a), 0) for a in self.strengths} - {0.0}) < 2:
+            raise MmsaeError(f"strengths={list(self.strengths)}: a bench compares at least two strengths above 0.")
+        checked("candidates", self.candidates, 1)
+        checked("n_boot", self.n_boot, 1)
+
     def run(
         self, layers: Sequence[Layer], contexts: Contexts, ledger: Ledger | None = None, judge: Judge | None = None
     ) -> Result:
@@ -86,9 +94,8 @@ class SteeringBench:
         """
         from mmsae.steering.bench_result import result_of
 
-        if self.edit not in (*EDITS, SWAP):
-            raise MmsaeError(f"edit={self.edit!r} is unknown; choose {', '.join(EDITS)} or {SWAP}.")
-        checked("candidates", self.candidates, 1)
+        if judge is not None and not writes(contexts.data.source):
+            raise MmsaeError("a judge rates texts, and the model writes none: leave judge out.")
         ledger = Ledger() if ledger is None else ledger
         found = Found([contexts.names[contexts.label][v] for v in self.values], contexts.names[contexts.label])
         n_strengths = len({0.0, *map(float, self.strengths)})
@@ -160,8 +167,7 @@ class SteeringBench:
         site = self._site(layer, contexts.data.source)
         for value, one in zip(self.values, found.experiments, strict=True):
             readout = contexts.readout(value)
-            if not isinstance(readout, ContinuationReadout):
-                raise MmsaeError("a judge rates texts, and the model writes none: leave judge out.")
+            assert isinstance(readout, ContinuationReadout)
             told = ", ".join(contexts.telling(contexts.label, value))
             for name, arm in one.arms.items():
                 edits = arm.make(arm.strength) if arm.strength else None

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from mmsae.cores.base import SAECore
 from mmsae.errors import MmsaeError, nearest
 from mmsae.latents import LatentStore
+from mmsae.sources import CausalLM, VisionLanguage
 from mmsae.spec import Batch, rows_of
 from mmsae.steering.directions import difference_in_means, probe_direction
 from mmsae.steering.edits import AddVector
@@ -171,9 +172,9 @@ class Contexts:
     def readout(self, value: int) -> Readout:
         """For a value of the label."""
         source = self.data.source
-        if hasattr(source, "chat_template") and not hasattr(source, "image_id"):
+        if writes(source):
             return self._continuation(value)
-        if hasattr(source, "image_id"):
+        if isinstance(source, VisionLanguage):
             return self._answer(value)
         items = self._items(value)
         others = [name for name in self.others if name in self.decider[1]]
@@ -247,6 +248,11 @@ class Contexts:
         question, answers = questions[self.label]
         others = [questions[name][0] for name in self.others if name in questions]
         return AnswerReadout(self.data.source, self._items(value), question, answers[value], others)
+
+
+def writes(source: Any) -> bool:
+    """Whether a model goes on with texts, which a judge can rate."""
+    return isinstance(source, CausalLM)
 
 
 def opening(text: str) -> str:

@@ -181,7 +181,9 @@ def run(args: list[str]) -> None:
         import_module("mmsae.cli.steer_bench").run(args[1:])
         return
     quiet()
-    auto_cli(steer_one, args=listed(args[1:]), as_positional=False, parser_class=Parser)
+    about = str(steer_one.__doc__).partition("\n")[0]
+    named: dict[str, Any] = {"prog": "mmsae steer", "description": about}
+    auto_cli(steer_one, args=listed(args[1:]), as_positional=False, parser_class=Parser, **named)
 
 
 def listed(words: list[str]) -> list[str]:

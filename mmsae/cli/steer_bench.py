@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jsonargparse import auto_cli
@@ -137,4 +137,6 @@ def _distinct(cores: dict[str, SAECore]) -> None:
 def run(args: list[str]) -> None:
     """Parse and run."""
     quiet()
-    auto_cli(bench, args=args[1:], as_positional=False, parser_class=Parser, prog="mmsae steer bench")
+    about = " ".join(str(bench.__doc__).partition("    Args:")[0].split())
+    named: dict[str, Any] = {"prog": "mmsae steer bench", "description": about}
+    auto_cli(bench, args=args[1:], as_positional=False, parser_class=Parser, **named)

@@ -20,12 +20,12 @@ from jsonargparse import auto_cli
 sys.path.append(str(Path(__file__).parent.parent / "recipes"))
 
 from diffusion_stage import Opened, open_run, place
+from mmsae.steering.judge import wilson
 from steer_diffusion import concept_rows
 
 from mmsae.cli.evaluate import show
 from mmsae.results import Result, Table
 from mmsae.steering import Add, Intervention, Judge, Stage, by_effect, draw, mean_difference
-from mmsae.steering.judge import wilson
 
 
 def chosen_latents(opened: Opened, judge: Judge, colour: int, n: int, candidates: int, seed: int) -> list[int]:

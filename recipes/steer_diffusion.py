@@ -33,8 +33,8 @@ from mmsae.steering import (
     Clamp,
     Edit,
     Intervention,
-    Judge,
     Mask,
+    PictureJudge,
     Reconstruct,
     Replace,
     Scale,
@@ -127,7 +127,7 @@ def steer_diffusion(
     )
     where = place(opened, half, timesteps, box, mask)
     items, drawn_seeds = over(items_of(prompts), seeds)
-    clip = Judge.load(judge)
+    clip = PictureJudge.load(judge)
     trials: Table | None = None
     if transplant is not None:
         chosen: list[int] = []
@@ -198,7 +198,7 @@ def transplanted(opened: Opened, items: list[Item], seeds: list[int], prompt: st
 
 
 def choose(
-    opened: Opened, stage: Stage, judge: Judge, text: str | None, like: str | None, n: int, candidates: int
+    opened: Opened, stage: Stage, judge: PictureJudge, text: str | None, like: str | None, n: int, candidates: int
 ) -> tuple[list[int], Table | None]:
     """Latents by a text or a picture, and the table of what was tried."""
     if like is not None:
@@ -256,7 +256,12 @@ def like_picture(opened: Opened, path: str, n: int) -> list[int]:
 
 
 def figures(
-    judge: Judge, reference: Tensor, columns: list[Tensor], headings: list[str], items: list[Item], text: str | None
+    judge: PictureJudge,
+    reference: Tensor,
+    columns: list[Tensor],
+    headings: list[str],
+    items: list[Item],
+    text: str | None,
 ) -> Table:
     """What changed at each strength, measured by a CLIP and, where its weights are at hand, by LPIPS."""
     prompts = [str(item["text"]) for item in items]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jsonargparse import auto_cli
@@ -22,7 +22,7 @@ from mmsae.steering.bench import SteeringBench, settings_of
 from mmsae.steering.judges import Judge
 from mmsae.steering.ledger import Ledger
 from mmsae.steering.sweep import STRENGTHS
-from mmsae.steering.targets import Contexts, read_layers, unrelated
+from mmsae.steering.targets import Contexts, read_layers, unrelated, writes
 
 
 def bench(
@@ -33,7 +33,7 @@ def bench(
     layers: list[str] | None = None,
     others: list[str] | None = None,
     strengths: list[float] | None = None,
-    edit: Literal["add", "clamp"] = "add",
+    edit: Literal["add", "clamp", "swap"] = "add",
     where: str = "all",
     candidates: int = 3,
     contexts: int = 100,
@@ -59,7 +59,8 @@ def bench(
         layers: Further dictionaries, for the grid of layers and strengths: folders, or all for those of the run.
         others: Labels that should not change; default: those that do not follow from the steered one.
         strengths: In units of the 99th percentile of each latent's activations.
-        edit: Add to the code, or set it.
+        edit: Add to the code, set it, or swap: the codes of the latents of all other values go over to it, so that
+            nothing happens where none of them fires.
         where: Positions, see mmsae steer --help.
         candidates: Latents to choose from, by mean difference; the control has as many.
         contexts: Items to steer.
@@ -90,6 +91,11 @@ def bench(
     for other in others or []:
         if other not in names:
             raise MmsaeError(f"--others: the data have no label {other!r}; nearest: {nearest(other, names)}.")
+    if judge is not None and not writes(data.source):
+        raise MmsaeError(f"a judge rates texts, and {type(data.source).__name__} writes none: leave --judge out.")
+    checked("contexts", contexts, 4)
+    numbers = [names[label].index(value) for value in wanted]
+    plan = SteeringBench(numbers, tuple(strengths or STRENGTHS), edit, position, candidates, seed)
     paths = [sae or run, *_layers(folder, layers or [])]
     cores = {path: mmsae.artifact.load(path) for path in paths}
     _distinct(cores)
@@ -131,4 +137,6 @@ def _distinct(cores: dict[str, SAECore]) -> None:
 def run(args: list[str]) -> None:
     """Parse and run."""
     quiet()
-    auto_cli(bench, args=args[1:], as_positional=False, parser_class=Parser, prog="mmsae steer bench")
+    about = " ".join(str(bench.__doc__).partition("    Args:")[0].split())
+    named: dict[str, Any] = {"prog": "mmsae steer bench", "description": about}
+    auto_cli(bench, args=args[1:], as_positional=False, parser_class=Parser, **named)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -65,7 +66,8 @@ def mean_difference(
     for first in range(0, latents.d_latent, CHUNK):
         last = min(first + CHUNK, latents.d_latent)
         pooled = latents.pool(first, last)
-        with np.errstate(invalid="ignore", divide="ignore"):
+        with np.errstate(invalid="ignore", divide="ignore"), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Precision loss")  # of latents that always say the same
             test = ttest_ind(pooled[positive], pooled[negative], equal_var=False)
             spread = np.sqrt((pooled[positive].var(0) + pooled[negative].var(0)) / 2)
             score[first:last] = (pooled[positive].mean(0) - pooled[negative].mean(0)) / np.maximum(spread, 1e-12)

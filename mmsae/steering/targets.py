@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from mmsae.cores.base import SAECore
 from mmsae.errors import MmsaeError, nearest
 from mmsae.latents import LatentStore
+from mmsae.sources import CausalLM, VisionLanguage
 from mmsae.spec import Batch, rows_of
 from mmsae.steering.directions import difference_in_means, probe_direction
 from mmsae.steering.edits import AddVector
@@ -41,6 +42,7 @@ class Layer:
         held_out: Codes of another split.
         x: Some activations of the first split `[n, d]`, and where each comes from among its rows.
         at: Rows of `x` in `latents`, int64 `[n]`.
+        choices: Made already.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Layer:
     held_out: LatentStore
     x: Tensor
     at: np.ndarray
+    choices: dict[Any, tuple[Selection, Tensor]] = field(default_factory=dict)
 
     @cached_property
     def scale(self) -> Tensor:
@@ -63,12 +66,16 @@ class Layer:
 
     def choose(self, label: str, value: int, n: int, seed: int) -> tuple[Selection, Tensor]:
         """Latents that tell a value from the others, and as many that fire about as often."""
+        key = (label, value, n, seed)
+        if key in self.choices:
+            return self.choices[key]
         positive = self.latents.labels()[label] == value
         selection = mean_difference(self.latents, positive, n=n)
         live = self.scale[selection.ids] > 0
         if not live.all():
             raise MmsaeError(f"only {int(live.sum())} latents of {self.name} fire in the data, fewer than {n}.")
-        return selection, matched_random(self.latents, selection.ids, self.rows, 1, seed)[:, 0]
+        self.choices[key] = selection, matched_random(self.latents, selection.ids, self.rows, 1, seed)[:, 0]
+        return self.choices[key]
 
     def directions(self, label: str, value: int, like: Selection) -> dict[str, Make]:
         """Difference of means and probe; a strength of 1 moves as far as one of the chosen latents, on average."""
@@ -165,9 +172,9 @@ class Contexts:
     def readout(self, value: int) -> Readout:
         """For a value of the label."""
         source = self.data.source
-        if hasattr(source, "chat_template") and not hasattr(source, "image_id"):
+        if writes(source):
             return self._continuation(value)
-        if hasattr(source, "image_id"):
+        if isinstance(source, VisionLanguage):
             return self._answer(value)
         items = self._items(value)
         others = [name for name in self.others if name in self.decider[1]]
@@ -241,6 +248,11 @@ class Contexts:
         question, answers = questions[self.label]
         others = [questions[name][0] for name in self.others if name in questions]
         return AnswerReadout(self.data.source, self._items(value), question, answers[value], others)
+
+
+def writes(source: Any) -> bool:
+    """Whether a model goes on with texts, which a judge can rate."""
+    return isinstance(source, CausalLM)
 
 
 def opening(text: str) -> str:

@@ -71,10 +71,11 @@ def association(text: Tensor, image: Tensor, folds: int = 5, seed: int = 0) -> T
         seed: Of the parts.
 
     Returns:
-        `[n]`, the higher the better; 0 where there are fewer than two samples for each part.
+        `[n]`, the higher the better; 0 for all where there are fewer than two samples for each part, or no
+        latents.
     """
     n = len(text)
-    if n < 2 * folds:
+    if n < 2 * folds or not text.shape[1] or not image.shape[1]:
         return torch.zeros(n)
     text, image = text.double(), image.double()
     fold = torch.randperm(n, generator=torch.Generator().manual_seed(seed)) % folds

@@ -77,7 +77,7 @@ def filter_conversations(
     columns = scores.columns(core, weights, examples_per_forward or data.examples_per_forward, seed)
     best = np.argsort(-ranking(columns, score, normalise), kind="stable")  # of equal ones the earlier
     places = np.flatnonzero(scores.pictured)
-    kept = ~scores.pictured & (without_picture == "keep")
+    kept = np.logical_not(scores.pictured) if without_picture == "keep" else np.zeros(len(scores.pictured), np.bool_)
     kept[places[best[: max(round(keep * len(places)), 1)]]] = True
     file = Path(table) if table else Path(out).with_suffix(".scores.csv")
     write_table(file, talks, scores.pictured, columns, kept)

@@ -71,8 +71,8 @@ class Scores:
 
     def __init__(self, run: Path, sae: str, source: Any, talks: Conversations, without_picture: str) -> None:
         self.run, self.source, self.talks = run, source, talks
-        self.items: Any = talks.items("train")
-        self.pictured = np.zeros(len(self.items), bool)
+        items: Any = talks.items("train")
+        self.items, self.pictured = items, np.zeros(len(items), dtype=np.bool_)
         files = set()
         for i, line in enumerate(talks.lines()):
             files.add(line.file)

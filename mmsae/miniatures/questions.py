@@ -35,6 +35,8 @@ BEHIND = {
 }  # fmt: skip
 ANSWERS = ("no", "yes")
 CAPTION = "describe the picture."
+SHARES = {"open": (0.4, 0.15, 0.15, 0.15, 0.15), "yes or no": (0.2, 0.3, 0.1, 0.3, 0.1)}
+"""How often each factor is asked for: the digit is the hardest to see, colour and size the hardest to compare."""
 LABELS: dict[str, tuple[str, ...]] = {
     **FACTORS, "form": FORMS, "asked": (*FACTORS, "all"), "answer": (*ANSWERS, "neither"),
 }  # fmt: skip
@@ -98,12 +100,11 @@ class SceneQuestions(Dataset):
 
 def _question(draw: np.random.Generator, labels: dict[str, int], form: str | None) -> tuple[str, str, dict[str, int]]:
     """A question, its answer, and its labels."""
-    form = form or str(draw.choice(FORMS, p=(0.4, 0.45, 0.15)))
+    form = form or str(draw.choice(FORMS, p=(0.3, 0.55, 0.15)))
     about = {"form": FORMS.index(form), "answer": len(ANSWERS)}
     if form == "caption":
         return CAPTION, compose(labels) + ".", about | {"asked": len(FACTORS)}
-    # the digit is the hardest to see
-    factor = str(draw.choice(list(FACTORS), p=(0.4, 0.15, 0.15, 0.15, 0.15)))
+    factor = str(draw.choice(list(FACTORS), p=SHARES[form]))
     about["asked"] = list(FACTORS).index(factor)
     values, truth = FACTORS[factor], labels[factor]
     if form == "open":

@@ -1,4 +1,4 @@
-"""Train the miniature wristband encoder that ships with the package, from nothing, in some ten minutes on one CPU core.
+"""Train the miniature wristband encoder that ships with the package, from nothing, in some two minutes on one CPU core.
 
     python recipes/train_e4.py --out runs/e4 --threads 1
 
@@ -31,14 +31,14 @@ RATE, SECONDS, CLIP = 32, 16.0, 5.0  # Hz; of a window; standard deviations
 
 def train(
     out: str,
-    steps: int = 1000,
+    steps: int = 700,
     batch_size: int = 16,
     lr: float = 2e-3,
     weight_decay: float = 0.01,
     share: float = 0.15,
     run: float = 3.0,
-    variance: float = 0.05,
-    covariance: float = 0.0005,
+    variance: float = 0.5,
+    covariance: float = 0.01,
     dim: int = 64,
     depth: int = 2,
     heads: int = 4,

@@ -4,8 +4,8 @@
 
 It is pre-trained without labels on simulated ECGs; a logistic regression on the mean of its tokens then tells how well
 they know the class of records that were not trained on. The paper's objective alone leaves tokens in two directions
-(`--variance 0 --covariance 0`, see docs/modality_signal.md), so the terms of VICReg are added. Interrupt it at will: the
-same command goes on from the last checkpoint, to the same weights.
+(`--variance 0 --covariance 0`, see docs/modality_signal.md), so the terms of VICReg are added. Interrupt it at will:
+the same command goes on from the last checkpoint, to the same weights.
 """
 
 from __future__ import annotations

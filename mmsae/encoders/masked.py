@@ -15,8 +15,8 @@ class MaskedReconstruction(nn.Module):
 
     Every channel is masked by itself, in runs of a few windows; the loss is the root mean squared error over what was
     masked, the mean over channels. The paper's code divides by all samples, so that its loss grows with the share that
-    is masked; here by the masked ones. Nothing is asked of tokens of windows that are seen, and levels are easier to fill
-    in than waves, so tokens may end in a few directions; `variance` and `covariance` are the terms of VICReg (arXiv
+    is masked; here by the masked ones. Nothing is asked of tokens of windows that are seen, and levels are easier to
+    fill in than waves, so tokens end in a few directions; `variance` and `covariance` are the terms of VICReg (arXiv
     2105.04906) over all tokens, which hold them apart.
 
     Args:
@@ -64,7 +64,8 @@ class MaskedReconstruction(nn.Module):
         tokens = self.tokens(truth.masked_fill(masked[..., None], 0.0).flatten(2))
         found = self.head(tokens).unflatten(1, (C, N))
         missed = ((found - truth).square() * masked[..., None]).sum((0, 2, 3))
-        return (missed / (masked.sum((0, 2)).clamp(min=1) * patch)).sqrt().mean(), tokens
+        squared = missed / (masked.sum((0, 2)).clamp(min=1) * patch)
+        return squared.clamp(min=1e-12).sqrt().mean(), tokens  # a channel may have no mask, and a root no slope at 0
 
     def tokens(self, x: Tensor) -> Tensor:
         """Those of the encoder without registers, `[B, C, T]` to `[B, C * N, dim]`."""

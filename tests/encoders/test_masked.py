@@ -64,6 +64,13 @@ def test_what_the_rest_says_is_filled_in_after_some_steps():
     assert float(model(x, generator(9))) < 0.5 * first
 
 
+def test_a_channel_without_a_mask_gives_no_nan():
+    model = MaskedReconstruction(SignalTransformer(**TINY), share=0.01)
+    x = torch.randn(1, 3, 16, generator=generator())
+    model(x, generator(2)).backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
 def test_what_does_not_fit_is_told():
     with pytest.raises(MmsaeError, match="build the encoder with tokens='channels'"):
         MaskedReconstruction(SignalTransformer(**{**TINY, "tokens": "joint"}))

@@ -100,7 +100,7 @@ CONTENDERS: dict[str, Contender] = {
     "GSAE, shuffled pairs": Contender(group(0.0), "shuffled"),
     "GSAE, price .05, shuffled pairs": Contender(group(0.0, 0.05), "shuffled"),
 }
-BASELINES = ("random", "embeddings")
+BASELINES = ("random", "embeddings", "embeddings, centred")
 """What is not trained."""
 
 
@@ -177,8 +177,11 @@ def run(job: Job, settings: Settings, folder: Path) -> dict[str, float]:
     values = {name: len(known) for name, known in factors(job.world).items()}
     contender = CONTENDERS.get(job.name, Contender(group(0.0), "pairs"))
     val, test = (shown_to(contender, held[split]) for split in ("val", "test"))
-    if job.name == "embeddings":
-        return dense_numbers(val, test, values)
+    if job.name.startswith("embeddings"):
+        found = dense_numbers(val, test, values)
+        if job.name == "embeddings, centred":
+            return {name: found[f"{name}_centred"] for name in ("r@1", "mrr")}
+        return found
     if job.name == "random":
         width = next(iter(test.acts.values())).shape[1]
         train_pairs = shown_to(contender, held["train"])

@@ -150,6 +150,7 @@ class CrossModal(Analysis):
         ]
         use = [
             row("partner nearest (R@1) ↑", "r@1", numbers["dense/r@1"]),
+            row("embeddings centred by stream: R@1 ↑", "", numbers["dense/r@1_centred"]),
             row("mean reciprocal rank ↑", "mrr", numbers["dense/mrr"]),
             row("modality gap ↓", "gap", numbers["dense/gap"]),
             row("cosine of a pair ↑", "pair_cosine", numbers["dense/pair_cosine"]),

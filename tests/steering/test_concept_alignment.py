@@ -1,5 +1,7 @@
 """VL-SAE's correction: what it adds, where, and that it does nothing where it should not."""
 
+import copy
+
 import pytest
 import torch
 from test_second_pass import asked
@@ -132,7 +134,10 @@ def test_alpha_zero_and_weight_zero_change_nothing(source, core):
     plain = answers(source.inner, items, 8)
     for arguments in ({"alpha": 0.0}, {"c": 0.0}):
         assert answers(source.inner, items, 8, ConceptAlignment(source, core, **arguments)) == plain
-    strong = ConceptAlignment(source, core, alpha=1.0, c=1.0, b=0.0)
+    loud = copy.deepcopy(core)
+    with torch.no_grad():
+        loud.decoders[1].mul_(100)
+    strong = ConceptAlignment(source, loud, alpha=1.0, c=1.0, b=0.0)
     assert answers(source.inner, items, 8, strong) != plain
     assert answers(source.inner, items, 8) == plain  # hooks are gone
 

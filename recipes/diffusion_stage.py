@@ -145,6 +145,7 @@ def place(
     timesteps: Sequence[float] | None = None,
     box: Sequence[float] | None = None,
     mask: str | None = None,
+    tail: bool = False,
 ) -> Any:
     """The `where` of an intervention from what the command line says.
 
@@ -154,6 +155,7 @@ def place(
         timesteps: Lowest and highest.
         box: Top, left, bottom, right in shares of the picture.
         mask: A picture, white where the edit acts.
+        tail: Of a text encoder also what stands behind the words.
     """
     if opened.source.encoder:
         if timesteps:
@@ -161,7 +163,7 @@ def place(
                 f"{opened.hook_point} knows words and no steps: --timesteps needs a dictionary of the unet or the "
                 "transformer."
             )
-        return Content.of(opened.source)  # the empty prompt of the other half has no words
+        return Content.of(opened.source, tail)  # the empty prompt of the other half has no words
     parts: list[Any] = []
     if half != "both":
         parts.append(Conditional(opposed=half == "opposed"))

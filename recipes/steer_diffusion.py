@@ -284,7 +284,7 @@ def figures(
     for heading, pictures in zip(headings, columns, strict=True):
         after = judge.pictures(pictures)
         row: list[Any] = [heading, float(judge.clip_score(after, prompts).mean())]
-        row += [float((pictures - reference).abs().mean()), float((1 - (before * after).sum(-1)).mean())]
+        row += [float((pictures - reference).abs().mean()), max(float((1 - (before * after).sum(-1)).mean()), 0.0)]
         if text:
             row.append(float(judge.directional(before, after, text, _common(prompts)).mean()))
         now = judge.factors(after) if judge.prompts else {}

@@ -118,16 +118,19 @@ class Content(Where):
 
     Args:
         special: Ids of the tokens that are no words.
+        tail: Also what stands behind the words of a prompt, its end and its padding: they have read all words, and
+            the denoiser reads them.
     """
 
-    def __init__(self, special: Sequence[int]) -> None:
-        self.special = sorted({int(i) for i in special})
+    def __init__(self, special: Sequence[int], tail: bool = False) -> None:
+        self.special, self.tail = sorted({int(i) for i in special}), tail
 
     @classmethod
-    def of(cls, source: Diffusion) -> Content:
+    def of(cls, source: Diffusion, tail: bool = False) -> Content:
         """Those of the tokenizer that the source's text encoder has."""
-        return cls(source.special_ids)
+        return cls(source.special_ids, tail)
 
     def __call__(self, context: Context) -> Tensor:
         """See the class."""
-        return ~torch.isin(context.token_ids, torch.tensor(self.special, device=context.device))
+        words = ~torch.isin(context.token_ids, torch.tensor(self.special, device=context.device))
+        return words if not self.tail else words.long().cumsum(1) > 0

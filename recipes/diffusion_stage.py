@@ -145,6 +145,7 @@ def place(
     timesteps: Sequence[float] | None = None,
     box: Sequence[float] | None = None,
     mask: str | None = None,
+    tail: bool = False,
 ) -> Any:
     """The `where` of an intervention from what the command line says.
 
@@ -154,14 +155,15 @@ def place(
         timesteps: Lowest and highest.
         box: Top, left, bottom, right in shares of the picture.
         mask: A picture, white where the edit acts.
+        tail: Of a text encoder also what stands behind the words.
     """
     if opened.source.encoder:
-        if timesteps or box or mask:
+        if timesteps:
             raise MmsaeError(
-                f"{opened.hook_point} knows words, no steps and no places: --timesteps, --box and --mask need a "
-                "dictionary of the unet or the transformer."
+                f"{opened.hook_point} knows words and no steps: --timesteps needs a dictionary of the unet or the "
+                "transformer."
             )
-        return Content.of(opened.source)  # the empty prompt of the other half has no words
+        return Content.of(opened.source, tail)  # the empty prompt of the other half has no words
     parts: list[Any] = []
     if half != "both":
         parts.append(Conditional(opposed=half == "opposed"))
@@ -181,3 +183,20 @@ def place(
     for part in parts[1:]:
         joined = joined & part
     return joined
+
+
+def area(box: Sequence[float] | None, mask: str | None) -> Tensor | None:
+    """The mask of the picture `[H, W]` in 0..1 that a box or a picture stands for; None without them."""
+    if box and mask:
+        raise MmsaeError("give --box or --mask, not both.")
+    if mask:
+        return Mask(mask).weights
+    if not box:
+        return None
+    if len(box) != 4:
+        raise MmsaeError(f"--box takes top, left, bottom, right in 0..1, not {list(box)}.")
+    Box(*box)  # says what is wrong with it
+    inside = torch.zeros(256, 256)
+    top, left, bottom, right = (round(256 * edge) for edge in box)
+    inside[top:bottom, left:right] = 1
+    return inside

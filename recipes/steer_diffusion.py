@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from diffusion_stage import Opened, open_run, place
+from diffusion_stage import Opened, area, open_run, place
 from jsonargparse import auto_cli
 from PIL import Image
 from torch import Tensor
@@ -33,7 +33,6 @@ from mmsae.steering import (
     Clamp,
     Edit,
     Intervention,
-    Mask,
     PictureJudge,
     Reconstruct,
     Replace,
@@ -71,6 +70,7 @@ def steer_diffusion(
     timesteps: list[float] | None = None,
     box: list[float] | None = None,
     mask: str | None = None,
+    keep_outside: bool = True,
     judge: str = "miniature:clip",
     steps: int | None = None,
     guidance_scale: float | None = None,
@@ -105,6 +105,8 @@ def steer_diffusion(
         timesteps: Lowest and highest timestep at which the edit acts.
         box: Top, left, bottom, right in shares of the picture where it acts.
         mask: A picture instead, white where it acts.
+        keep_outside: Outside of box or mask, predict what the model without the edit does; each column is drawn twice.
+            Without this, the rest of the picture changes, too.
         judge: CLIP that measures: miniature:clip, MODEL:TAG of open_clip, or a folder or hub id of transformers.
         steps: Of the sampler.
         guidance_scale: Of the sampler.
@@ -126,6 +128,9 @@ def steer_diffusion(
         run, sae, model, hook_point, prompts, steps=steps, guidance_scale=guidance_scale, size=size, dtype=dtype
     )
     where = place(opened, half, timesteps, box, mask)
+    inside = area(box, mask) if keep_outside else None
+    if opened.source.encoder and (box or mask) and not keep_outside:
+        raise MmsaeError("words have no places: --box and --mask need keep_outside with this dictionary.")
     items, drawn_seeds = over(items_of(prompts), seeds)
     clip = PictureJudge.load(judge)
     trials: Table | None = None
@@ -139,11 +144,11 @@ def steer_diffusion(
         print(f"latents {', '.join(map(str, chosen))}")
     makes = edits_of(edit, chosen)
     if transplant is not None:
-        makes = transplanted(opened, items, drawn_seeds, transplant, n_latents, where)
+        makes = transplanted(opened, items, drawn_seeds, transplant, n_latents, area(box, mask))
     columns = []
     for strength in strengths:
         own = Intervention(opened.core, opened.hook_point, makes(strength), where, edit != "reconstruct", opened.scale)
-        columns.append(draw(opened.source, items, drawn_seeds, [own] if makes(strength) else [], batch_size))
+        columns.append(draw(opened.source, items, drawn_seeds, [own] if makes(strength) else [], batch_size, inside))
     reference = draw(opened.source, items, drawn_seeds, (), batch_size)
     headings = [f"{'×' if edit == 'scale' else ''}{strength:g}" for strength in strengths]
     rows = [f"{item['text']}, seed {seed}" for item, seed in zip(items, drawn_seeds, strict=True)]
@@ -186,15 +191,16 @@ def edits_of(kind: Kind, latents: Sequence[int]) -> Any:
     return make
 
 
-def transplanted(opened: Opened, items: list[Item], seeds: list[int], prompt: str, n: int, where: Any) -> Any:
+def transplanted(
+    opened: Opened, items: list[Item], seeds: list[int], prompt: str, n: int, inside: Tensor | None
+) -> Any:
     """From a strength to the transplant of a prompt's features into all items."""
     if opened.source.encoder:
         raise MmsaeError("a transplant needs a dictionary of the unet or the transformer: words have no steps.")
-    area = where.weights if isinstance(where, Mask) else None
     theirs = [{**item, "text": prompt} for item in items]
     edit = trace(opened.source, opened.core, opened.hook_point, theirs, seeds)
     source = trace(opened.source, opened.core, opened.hook_point, items, seeds)
-    return lambda strength: [Transplant(edit, source, n, area, area, strength)] if strength else []
+    return lambda strength: [Transplant(edit, source, n, inside, inside, strength)] if strength else []
 
 
 def choose(
@@ -283,7 +289,7 @@ def figures(
     for heading, pictures in zip(headings, columns, strict=True):
         after = judge.pictures(pictures)
         row: list[Any] = [heading, float(judge.clip_score(after, prompts).mean())]
-        row += [float((pictures - reference).abs().mean()), float((1 - (before * after).sum(-1)).mean())]
+        row += [float((pictures - reference).abs().mean()), max(float((1 - (before * after).sum(-1)).mean()), 0.0)]
         if text:
             row.append(float(judge.directional(before, after, text, _common(prompts)).mean()))
         now = judge.factors(after) if judge.prompts else {}

@@ -64,7 +64,7 @@ def unlearn_concept(
     sae: str | None = None,
     model: str | None = None,
     percentiles: list[float] = [97.0, 99.0],  # noqa: B006
-    gammas: list[float] = [-1.0, -2.0, -4.0],  # noqa: B006
+    gammas: list[float] = [-0.3, -1.0, -3.0],  # noqa: B006
     relative: bool = False,
     n_choose: int = 8,
     n_removed: int = 24,
@@ -117,7 +117,7 @@ def unlearn_concept(
     batches = list(data.rows("val"))
     means = ConceptMeans.measure(core, batches, factor, names)
     removed = [names.index(c) for c in concepts]
-    where = place(opened)
+    where = place(opened, tail=True)  # the end of a prompt has read the concept as well
 
     def prompts(split: Any, n_with: int, n_without: int) -> list[Item]:
         every = [dict(data.items(split)[i]) for i in range(len(data.items(split)))]  # type: ignore[arg-type]

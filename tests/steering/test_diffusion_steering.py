@@ -348,3 +348,28 @@ def test_a_box_leaves_the_rest_of_the_block_alone(scenes):
     change = (found[SCENE] - before).abs().sum(1)
     assert (change[:, 4:] == 0).all()
     assert (change[:, :4] > 1).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_with_a_mask_the_prediction_outside_is_that_of_the_unsteered_model(pipelines, kind):
+    source, width = pipelines(kind)
+    items, core = items_for(kind), core_of(width)
+    edit = Intervention(core, POINTS[kind], [Add(1, 40.0)])
+    clean, pushed = draw(source, items, [3, 4]), draw(source, items, [3, 4], [edit])
+    assert_close(draw(source, items, [3, 4], [edit], inside=torch.zeros(8, 8)), clean, atol=1e-5, rtol=1e-4)
+    assert_close(draw(source, items, [3, 4], [edit], inside=torch.ones(8, 8)), pushed, atol=1e-5, rtol=1e-4)
+    assert torch.equal(draw(source, items, [3, 4]), clean)
+
+
+def test_pixels_outside_of_the_mask_stay(scenes):
+    """The miniature has no decoder that would spread what is inside."""
+    prompts, seeds = ["a red two at the top", "a blue one at the left"], [0, 1]
+    half = torch.zeros(32, 32)
+    half[:, :16] = 1
+    edit = Intervention(core_of(128), SCENE, [Add(0, 60.0)], Mask(half))
+    clean = draw(scenes, prompts, seeds)
+    changed = (draw(scenes, prompts, seeds, [edit], inside=half) - clean).abs().mean((0, 1))
+    assert changed[:, 16:].max() < 1e-5
+    assert changed[:, :16].mean() > 0.01
+    leaking = (draw(scenes, prompts, seeds, [edit]) - clean).abs().mean((0, 1))
+    assert leaking[:, 16:].mean() > 0.1 * leaking[:, :16].mean()

@@ -26,8 +26,8 @@ class Temporal(TopK):
     """TIDE: TopK between a shift and a scale that depend on the timestep (arXiv 2503.07050).
 
     `codes = TopK((x - shift_t) / scale_t)` and `reconstruction = decode(codes) * scale_t + shift_t`. "learned" makes
-    both by a small network of the timestep that begins at 0 and 1 (the paper leaves its form open; ours follows
-    `methods/multimodal.md`); "statistics" takes running means and deviations of `n_buckets` bands of timesteps, the
+    both by a small network of the timestep that begins at 0 and 1 (its form is ours; the paper leaves it open);
+    "statistics" takes running means and deviations of `n_buckets` bands of timesteps, the
     cheap control; "none" is TopK, and needs no timesteps. The error is measured in the space of the activations.
 
     Args:

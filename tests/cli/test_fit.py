@@ -139,6 +139,10 @@ def test_every_core_trains(fit, name, capsys):
     asks = {
         "SkipTranscoder": "SkipTranscoder needs a stream 'target'",  # the store has no second stream
         "JumpReLUSkipTranscoder": "JumpReLUSkipTranscoder needs a stream 'target'",
+        **{
+            core: f"{core} reads two or more streams, but the data have only 'x'"
+            for core in ("GroupSparse", "VLSAE", "AlignmentAutoencoder")
+        },
         "GradientTopK": "GradientTopK reads gradients of the model's loss: set data.gradients=true",
     }
     if name in asks:

@@ -128,10 +128,10 @@ def _values(found: Found, label: str) -> Table:
         rows.append([
             name, str(arm.chosen), arm.strength, float(arm.curve.success[0, held].mean()),
             *(_none(one.mean(SELECTED, w).mean) for w in ("success", "damage", "changed")),
-            one.score(SELECTED).mean, one.score(CONTROL).mean, _range(one.difference),
+            one.score(SELECTED).mean, _range(one.difference),
         ])  # fmt: skip
     headings = [
-        label, "latent", "at", "before", "success ↑", "damage ↓", "changed ↓", "score ↑", "control", "difference, 95 %",
+        label, "latent", "at", "before", "success ↑", "damage ↓", "changed ↓", "score ↑", "over control",
     ]  # fmt: skip
     return Table("Success against collateral change, value by value", headings, rows)
 

@@ -30,7 +30,7 @@ from mmsae.results import Plot, Result, Table
 from mmsae.spec import rows_of
 from mmsae.steering import Attenuate, ConceptPosterior, Edit, Suppress, SuppressRange, mean_difference, steer
 
-NUMBERS = (1, 2, 5, 10, 20, 40)
+NUMBERS = (1, 3, 10, 30)
 SHARES = (0.25, 0.5, 0.75, 1.0)
 SELECTIONS = ("most active", "most different")
 

@@ -12,9 +12,10 @@ from jsonargparse import auto_cli
 
 import mmsae.artifact
 from mmsae.cli.base import quiet
+from mmsae.cli.convert import is_ours
 from mmsae.cli.evaluate import show
 from mmsae.cli.messages import Parser
-from mmsae.cli.run import datamodule_of
+from mmsae.cli.run import datamodule_of, dictionary_of, hook_point_of
 from mmsae.cli.where import where_of
 from mmsae.cores.base import SAECore
 from mmsae.errors import MmsaeError, checked, nearest
@@ -55,7 +56,7 @@ def bench(
         run: Folder of a `mmsae fit` run whose data have labels.
         label: What to steer: colour.
         values: To steer towards; default: all.
-        sae: Another dictionary than the run's own: a folder or a hub id.
+        sae: Another dictionary than the run's own: a folder or a hub id, also of SAELens and other libraries.
         layers: Further dictionaries, for the grid of layers and strengths: folders, or all for those of the run.
         others: Labels that should not change; default: those that do not follow from the steered one.
         strengths: In units of the 99th percentile of each latent's activations.
@@ -97,8 +98,13 @@ def bench(
     numbers = [names[label].index(value) for value in wanted]
     plan = SteeringBench(numbers, tuple(strengths or STRENGTHS), edit, position, candidates, seed)
     paths = [sae or run, *_layers(folder, layers or [])]
-    cores = {path: mmsae.artifact.load(path) for path in paths}
-    _distinct(cores)
+    cores: dict[str, SAECore] = {}
+    for path in paths:
+        core = dictionary_of(path)
+        point = hook_point_of(core, data)
+        if point in cores:
+            raise MmsaeError(f"two dictionaries read {point!r}; --layers compares hook points, so give one for each.")
+        cores[point] = core
     numbers = [names[label].index(value) for value in wanted]
     plan = SteeringBench(
         numbers, tuple(strengths or STRENGTHS), edit, position, checked("candidates", candidates, 1), seed
@@ -108,7 +114,7 @@ def bench(
     where_measured = Contexts(data, label, free, contexts, seed, words, samples, max_new_tokens)
     about = {
         **settings_of(plan, where_measured), "where": where, "split": split, "rows": max_rows,
-        "saes": [mmsae.artifact.identity(path) for path in paths],
+        "saes": [mmsae.artifact.identity(path) if is_ours(Path(path)) else path for path in paths],
     }  # fmt: skip
     digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:12]
     ledger = Ledger(folder / "steering" / f"{label}-{digest}.jsonl")
@@ -125,13 +131,6 @@ def _layers(folder: Path, given: list[str]) -> list[str]:
         own = sorted(str(p) for p in folder.glob("sae-*") if p.is_dir())
         found += own if one == "all" else [one]
     return found
-
-
-def _distinct(cores: dict[str, SAECore]) -> None:
-    streams = [core.spec.input for core in cores.values()]
-    for stream in streams:
-        if streams.count(stream) > 1:
-            raise MmsaeError(f"two dictionaries read {stream!r}; --layers compares hook points, so give one for each.")
 
 
 def run(args: list[str]) -> None:

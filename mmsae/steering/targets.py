@@ -18,7 +18,7 @@ from mmsae.cores.base import SAECore
 from mmsae.errors import MmsaeError, nearest
 from mmsae.latents import LatentStore
 from mmsae.sources import CausalLM, VisionLanguage
-from mmsae.spec import Batch, rows_of
+from mmsae.spec import ACTS, Batch, rows_of
 from mmsae.steering.directions import difference_in_means, probe_direction
 from mmsae.steering.edits import AddVector
 from mmsae.steering.readouts import PosteriorReadout, Probe, Readout, deciding
@@ -36,7 +36,7 @@ class Layer:
     """A dictionary and the activations of its hook point.
 
     Attributes:
-        name: Of the dictionary's stream.
+        name: Its hook point.
         core: The dictionary.
         latents: Codes of the split that latents are chosen on.
         held_out: Codes of another split.
@@ -96,21 +96,25 @@ def read_layers(data: Any, cores: Mapping[str, SAECore], split: str, max_rows: i
 
     Args:
         data: Datamodule whose source reads all their hook points.
-        cores: By a name to show.
+        cores: By their hook points.
         split: To choose latents on.
         max_rows: Activation rows of each split.
     """
-    for core in cores.values():
-        data.spec.require(core.spec.input, core.spec.d_in)
     chosen, other = (_gathered(data, name, max_rows) for name in (split, "test"))
     n = sum(map(rows_of, chosen))
     at = np.sort(np.random.default_rng(0).permutation(n)[:DIRECTION_ROWS])
     layers = []
-    for core in cores.values():
-        x = torch.cat([core.inputs(batch).float() for batch in chosen])[torch.as_tensor(at)]
-        stores = [LatentStore.build(core, part, max_rows, name) for part, name in ((chosen, split), (other, "test"))]
-        layers.append(Layer(core.spec.input, core, stores[0], stores[1], x, at))
+    for point, core in cores.items():
+        parts = [[_named(batch, point, core) for batch in part] for part in (chosen, other)]
+        x = torch.cat([core.inputs(batch).float() for batch in parts[0]])[torch.as_tensor(at)]
+        stores = [LatentStore.build(core, part, max_rows, n) for part, n in zip(parts, (split, "test"), strict=True)]
+        layers.append(Layer(point, core, stores[0], stores[1], x, at))
     return layers
+
+
+def _named(batch: Batch, hook_point: str, core: SAECore) -> Batch:
+    """The stream of a hook point under the name that a dictionary, perhaps of another library, has for it."""
+    return {**batch, ACTS: {**batch[ACTS], core.spec.input: batch[ACTS][hook_point]}}
 
 
 def _gathered(data: Any, split: str, max_rows: int) -> list[Batch]:

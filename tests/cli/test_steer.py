@@ -79,6 +79,24 @@ def test_the_bench_writes_a_result_that_the_report_draws_and_goes_on_where_it_st
     assert "Success against collateral change" in page
 
 
+def test_a_dictionary_of_another_library_is_steered_with(run, capsys, tmp_path):
+    main(["convert", str(run), str(tmp_path / "saelens"), "--to=saelens"])
+    said = []
+    for sae in (run, tmp_path / "saelens"):
+        main(["steer", f"--run={run}", f"--sae={sae}", "--latent=5", "--unit=code", "--strength=9", "--item=3",
+              "--threads=1"])  # fmt: skip
+        said.append(capsys.readouterr().out.partition("add 9")[2])
+    assert said[0] == said[1]
+    main(["steer", "bench", f"--run={run}", f"--sae={tmp_path / 'saelens'}", "--label=size", "--strengths=[1,2]",
+          "--candidates=1", "--contexts=12", "--threads=1"])  # fmt: skip
+    assert "random latent" in capsys.readouterr().out
+
+
+def test_two_dictionaries_of_one_hook_point_are_no_layers(run, refused):
+    said = refused("steer", "bench", f"--run={run}", "--label=size", f"--layers=[{run}]", "--threads=1")
+    assert "two dictionaries read 'visual.transformer.resblocks.3'" in said
+
+
 def test_swapping_and_judging_are_checked_before_long_work(run, capsys, refused):
     main(["steer", "bench", f"--run={run}", "--label=size", "--strengths=[1,2]", "--edit=swap", "--candidates=1",
           "--contexts=12", "--threads=1"])  # fmt: skip

@@ -45,17 +45,17 @@ LOSS = "loss"
 def run(
     out: str,
     seed: int = 0,
-    n: int = 2000,
+    n: int = 1000,
     model: str = "miniature:lmm",
-    layer: int = 0,
-    dictionary_steps: int = 300,
+    hook_point: str = "model.language_model.layers.0:input",
+    dictionary_steps: int = 200,
     keep: float = 0.5,
     scores: list[str] = ["cosine_co", "association"],  # noqa: B006 (the parser copies it)
     n_random: int = 2,
-    steps: int = 80,
+    steps: int = 60,
     batch_size: int = 32,
     lr: float = 1e-3,
-    n_test: int = 250,
+    n_test: int = 150,
     threads: int = 1,
 ) -> None:
     """Spoil half of some conversations, filter them, fine-tune the miniature LLaVA on what is kept, and ask it.
@@ -65,7 +65,8 @@ def run(
         seed: Of the scenes, of what is spoilt, of the dictionary and of the fine-tuning.
         n: Conversations.
         model: The LLaVA that is read and fine-tuned: a folder, or the miniature.
-        layer: Block of the language model that the dictionary reads.
+        hook_point: What the dictionary reads; by default words and patches before any of them has seen another, for
+            a word that has seen the picture speaks of it, wrong or right.
         dictionary_steps: Steps of the dictionary.
         keep: Share that the filter keeps.
         scores: Scores by which the model is fine-tuned on what they keep; AUROC is given for all of them. "loss" is the
@@ -89,7 +90,7 @@ def run(
     spoilt = known("spoilt", lambda: spoil(folder, n, seed))
     clean = ~np.array(spoilt, bool)
 
-    train_dictionary(folder, model, layer, dictionary_steps, seed, threads)
+    train_dictionary(folder, model, hook_point, dictionary_steps, seed, threads)
     chosen: dict[str, list[int]] = {}
     for name in dict.fromkeys([RANKED[0], *(name for name in scores if name != LOSS)]):
         kept = folder / f"kept_{name}.jsonl"
@@ -178,7 +179,7 @@ def place(line: dict[str, Any]) -> int:
     return int(line["id"])
 
 
-def train_dictionary(folder: Path, model: str, layer: int, steps: int, seed: int, threads: int) -> None:
+def train_dictionary(folder: Path, model: str, hook_point: str, steps: int, seed: int, threads: int) -> None:
     """SAE-V on all conversations, the spoilt ones as well: nobody knows yet which they are."""
     if (folder / "dictionary" / "sae" / "config.json").is_file():
         return
@@ -186,7 +187,7 @@ def train_dictionary(folder: Path, model: str, layer: int, steps: int, seed: int
         "path": str(folder / "talks.jsonl"), "val_share": 0.05, "test_share": 0.05, "batch_size": 1024,
         "columns": ["token_type"], "seed": seed,
         "source": {"class_path": "VisionLanguage", "init_args": {
-            "model": model, "hook_points": [f"model.language_model.layers.{layer}"],
+            "model": model, "hook_points": [hook_point],
         }},
     }}  # fmt: skip
     main(["fit", f"--config={RECIPES / 'scene_questions_saev.yaml'}", f"--data={json.dumps(talks)}",

@@ -85,7 +85,7 @@ def test_answers_with_a_part_of_the_image_tokens(core, data, latents):
         assert numbers[f"{name}/0.05/cross_entropy"] > numbers["all/cross_entropy"]
     table = result.tables[0]
     assert table.rows[-1][1] == numbers["all/accuracy"]
-    assert len(table.columns) == len(table.rows[0]) == 5
+    assert len(table.columns) == len(table.rows[0]) == 3
 
 
 @torch.no_grad()

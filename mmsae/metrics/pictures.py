@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mmsae.errors import MmsaeError
 
 
-def lpips(first: Tensor, second: Tensor, net: Literal[alex, vgg, squeeze] = "alex") -> Tensor:
+def lpips(first: Tensor, second: Tensor, net: Literal["alex", "vgg", "squeeze"] = "alex") -> Tensor:
     """Perceptual distance of pairs of pictures, `[n]` (arXiv 1801.03924); 0 for equal ones.
 
     Args:
@@ -36,7 +36,7 @@ def _lpips_network(net: str) -> Any:
     try:
         from torchmetrics.functional.image.lpips import _LPIPS
 
-        return _LPIPS(pretrained=True, net=cast(Any, net), eval_mode=True).eval()
+        return _LPIPS(pretrained=True, net=net, eval_mode=True).eval()
     except Exception as error:
         raise MmsaeError(
             f"LPIPS needs the weights of torchvision's {net}, which are not in torch's cache and cannot be fetched "

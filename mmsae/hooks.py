@@ -197,7 +197,10 @@ def edit(model: nn.Module, edits: Mapping[str, Callable[[Tensor], Tensor]]) -> I
         if point.where == "output":
             return put(output, key, _replaced(point, functions[point.name], old))
         start = entered.pop(point.name)
-        return put(output, key, start + _replaced(point, functions[point.name], _difference(point, old, start)))
+        difference = _difference(point, old, start)
+        new = _replaced(point, functions[point.name], difference)
+        # what was not changed keeps its bits: input plus difference is the output up to rounding only
+        return put(output, key, torch.where(new == difference, old, start + new))
 
     with uncompiled(), ExitStack() as hooks:
         for point in points:

@@ -43,6 +43,21 @@ class Plot:
 
 
 @dataclass
+class Picture:
+    """A picture on the page.
+
+    Attributes:
+        title: What it shows, above it.
+        source: The picture as the address of itself (`data:image/…`).
+        text: What it shows, for who cannot see it.
+    """
+
+    title: str
+    source: str
+    text: str = ""
+
+
+@dataclass
 class Result:
     """Numbers, tables and plots of one analysis; plain data, so that a report can be drawn again from files.
 
@@ -55,6 +70,7 @@ class Result:
         latents: One entry per latent shown on the page (see `TopExamples`).
         media: Pictures and texts that `latents` point to.
         settings: Arguments of the analysis and the size of what it saw.
+        pictures: For the page, in front of plots and tables.
     """
 
     name: str
@@ -65,6 +81,7 @@ class Result:
     latents: list[dict[str, Any]] = field(default_factory=list)
     media: list[dict[str, Any]] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
+    pictures: list[Picture] = field(default_factory=list)
 
     def save(self, folder: Path) -> Path:
         """Write `<folder>/<name>.json`, whole or not at all."""
@@ -79,6 +96,7 @@ class Result:
             raw = json.loads(path.read_text())
             raw["tables"] = [Table(**t) for t in raw["tables"]]
             raw["plots"] = [Plot(**p) for p in raw["plots"]]
+            raw["pictures"] = [Picture(**p) for p in raw.get("pictures", [])]
             return cls(**raw)
         except (OSError, ValueError, TypeError, KeyError) as error:
             said = f"{path} is not a result of mmsae evaluate ({error}); run mmsae evaluate again."

@@ -177,6 +177,7 @@ def test_the_siglip_recipe_trains(pictures, tmp_path, monkeypatch):
     "name",
     [
         "sounds_batchtopk", "scene_pairs_crosscoder", "ecg_jepa_topk", "stories_batchtopk", "scene_questions_batchtopk",
+        "e4_miniature_batchtopk",
         "scene_questions_saev", "scene_pairs_gsae", "scene_pairs_vlsae", "sound_pairs_mgsae",
     ],
 )  # fmt: skip
@@ -300,6 +301,16 @@ def test_the_eeg_recipe_trains(tmp_path, monkeypatch):
     main(["fit", "--config", str(RECIPES / "eeg_motor_imagery_batchtopk.yaml"), *own, *SMALL_CORE, *FAST])
 
 
+def test_the_recipe_of_wristbands_trains(tmp_path, monkeypatch):
+    from recordings import write_e4
+
+    monkeypatch.chdir(tmp_path)
+    for i in range(4):
+        write_e4(tmp_path / "e4" / f"S{i}", seconds=100)
+    own = ["--data.init_args.root=e4", "--data.init_args.labels_file=labels.csv", "--data.init_args.stride_s=16"]
+    main(["fit", "--config", str(RECIPES / "e4_sessions_batchtopk.yaml"), *own, *SMALL_CORE, *FAST])
+
+
 @pytest.mark.parametrize(
     ("name", "kind", "own"),
     [
@@ -318,6 +329,76 @@ def test_the_diffusion_recipes_train(name, kind, own, tmp_path, monkeypatch):
     main(["fit", "--config", str(RECIPES / f"{name}.yaml"), *given, *SMALL_CORE, "--model.core.init_args.k=8", *FAST])
 
 
+@pytest.mark.parametrize(
+    ("name", "kind", "point"),
+    [
+        ("pixart_xl_temporal", "pixart", "transformer.transformer_blocks.1"),
+        ("dit_xl_2_temporal", "dit", "transformer.transformer_blocks.1"),
+        ("sd3_medium_batchtopk", "sd3", "transformer.transformer_blocks.0:delta[1]"),
+        ("flux_schnell_topk", "flux", "transformer.transformer_blocks.1:delta[1]"),
+    ],
+)
+def test_the_diffusion_transformer_recipes_train(name, kind, point, tmp_path, monkeypatch):
+    pytest.importorskip("diffusers")
+    from tiny_diffusion import save_pipeline
+
+    monkeypatch.chdir(tmp_path)
+    save_pipeline(kind, tmp_path / kind)
+    sizes = ["size=16"] if kind in ("flux", "sd3") else []
+    own = [f"model={tmp_path / kind}", f'hook_points=["{point}"]', "steps=2", "dtype=float32", *sizes]
+    given = [f"--data.init_args.source.init_args.{argument}" for argument in own]
+    data = ["--data=embedded_prompts.EmbeddedPrompts", f"--data.init_args.path={kind}.txt"]
+    Path(f"{kind}.txt").write_text("any")
+    if kind == "dit":  # reads names of classes, as anybody's file has them
+        Path("classes.txt").write_text("\n".join(["cat", "dog", "hound"]))
+        data = []
+        given += ["--data.init_args.val_share=0.34", "--data.init_args.test_share=0.33"]
+    main(
+        [
+            "fit",
+            "--config",
+            str(RECIPES / f"{name}.yaml"),
+            *data,
+            *given,
+            *SMALL_CORE,
+            "--model.core.init_args.k=8",
+            *FAST,
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    "name", ["scene_diffusion_text_batchtopk", "scene_diffusion_up_batchtopk", "scene_diffusion_up_temporal"]
+)
+def test_the_recipes_that_steer_the_miniature_train(name, tmp_path, monkeypatch):
+    pytest.importorskip("diffusers")
+    monkeypatch.chdir(tmp_path)
+    few = ["--data.init_args.n_train=4", "--data.init_args.n_val=2", "--data.init_args.source.init_args.steps=2"]
+    main(["fit", "--config", str(RECIPES / f"{name}.yaml"), *few, *SMALL_CORE, *FAST])
+
+
+def test_the_recipe_of_a_text_encoder_of_diffusion_trains(tmp_path, monkeypatch):
+    pytest.importorskip("diffusers")
+    from tiny_diffusion import save_pipeline
+
+    monkeypatch.chdir(tmp_path)
+    save_pipeline("sd", tmp_path / "sd")
+    Path("prompts.txt").write_text("\n".join("abcdefgh"))
+    own = [f"model={tmp_path / 'sd'}", 'hook_points=["text_encoder.encoder.layers.1"]', "dtype=float32", "steps=2"]
+    given = [f"--data.init_args.source.init_args.{argument}" for argument in own]
+    main(
+        [
+            "fit",
+            "--config",
+            str(RECIPES / "sd_1_5_text_topk.yaml"),
+            *given,
+            *SMALL_CORE,
+            "--model.core.init_args.k=8",
+            *FAST,
+        ]
+    )
+
+
 def test_the_miniature_diffusion_recipe_trains(tmp_path, monkeypatch):
     pytest.importorskip("diffusers")
     monkeypatch.chdir(tmp_path)
@@ -331,7 +412,11 @@ def test_every_recipe_has_a_case():
     tested |= {"clap_htsat_batchtopk", "siglip_so400m_matryoshka", "sounds_batchtopk", "scene_pairs_crosscoder"}
     tested |= {"llava_1_5_7b_topk", "qwen2_5_vl_3b_batchtopk"}
     tested |= {"llava_next_mistral_saev", "llava_next_vicuna_saev", "chameleon_7b_saev", "scene_questions_saev"}
+    tested |= {"e4_miniature_batchtopk", "e4_sessions_batchtopk"}
     tested |= {"ecg_jepa_topk", "eeg_motor_imagery_batchtopk", "stories_batchtopk", "scene_questions_batchtopk"}
+    tested |= {"pixart_xl_temporal", "dit_xl_2_temporal", "sd3_medium_batchtopk", "flux_schnell_topk"}
+    tested |= {"sd_1_5_text_topk", "scene_diffusion_text_batchtopk", "scene_diffusion_up_batchtopk"}
+    tested |= {"scene_diffusion_up_temporal"}
     tested |= {"sdxl_turbo_down_2_1_topk", "sd_1_5_up_1_1_batchtopk", "scene_diffusion_batchtopk"}
     tested |= {"scene_pairs_gsae", "scene_pairs_vlsae", "sound_pairs_mgsae", "open_clip_vit_b_16_gsae"}
     tested |= {"open_clip_vit_b_32_vlsae", "siglip_base_mgsae", "clap_music_mgsae"}

@@ -26,8 +26,8 @@ class Temporal(TopK):
     """TIDE: TopK between a shift and a scale that depend on the timestep (arXiv 2503.07050).
 
     `codes = TopK((x - shift_t) / scale_t)` and `reconstruction = decode(codes) * scale_t + shift_t`. "learned" makes
-    both by a small network of the timestep that begins at 0 and 1 (the paper leaves its form open; ours follows
-    `methods/multimodal.md`); "statistics" takes running means and deviations of `n_buckets` bands of timesteps, the
+    both by a small network of the timestep that begins at 0 and 1 (its form is ours; the paper leaves it open);
+    "statistics" takes running means and deviations of `n_buckets` bands of timesteps, the
     cheap control; "none" is TopK, and needs no timesteps. The error is measured in the space of the activations.
 
     Args:
@@ -79,6 +79,7 @@ class Temporal(TopK):
         self.hidden = checked("hidden", hidden, 1)
         self.default_timestep = default_timestep
         width = self.spec.d_in
+        self._seen: tuple[Tensor, Tensor] | None = None  # rows of a step, until the statistics follow them
         self.network: nn.Sequential | None = None
         if modulation == "learned":
             last = nn.Linear(hidden, 2 * width)
@@ -164,7 +165,7 @@ class Temporal(TopK):
         x = self._normalised(self.inputs(batch))
         timestep = self._timesteps(x, batch)
         if self.training and self.modulation == "statistics":
-            self._follow(x.detach(), timestep)
+            self._seen = x.detach(), timestep
         plain = self._plain(x, timestep)
         codes = replace(super().encode(plain), extra={TIMESTEP: timestep})
         terms, reconstruction = self.reconstruct(self.target(batch), codes)
@@ -183,6 +184,14 @@ class Temporal(TopK):
         super().start({**batch, "acts": {self.spec.input: plain}})
         target = self.target(batch).float()[:32768]
         self.variance.copy_((target - target.mean(0)).pow(2).sum(-1).mean().clamp_min(1e-12))
+
+    @torch.no_grad()
+    def after_step(self, step: int, codes: Codes) -> None:
+        """As TopK; then the statistics follow the rows of the step."""
+        super().after_step(step, codes)
+        if self._seen is not None:
+            self._follow(*self._seen)
+            self._seen = None
 
     @torch.no_grad()
     def _follow(self, x: Tensor, timestep: Tensor, decay: float = 0.99) -> None:

@@ -78,7 +78,7 @@ class TextTower:
         """States [n, tokens, width] of one prompt or of n prompts."""
         device = next(self.clip.parameters()).device
         with capture(self.clip, ["ln_final"]) as found:
-            self.clip.encode_text(self.tokenizer(prompts).to(device))
+            self.clip(text=self.tokenizer(prompts).to(device))  # a call of the module, so that hooks see the words
         return found["ln_final"]
 
 
@@ -115,6 +115,7 @@ class ScenePainter:
         latents: Tensor | None = None,
         output_type: Literal["pil", "pt", "latent"] = "pil",
         callback_on_step_end: Callable[..., dict[str, Any]] | None = None,
+        negative_prompt: str | Sequence[str] = "",
     ) -> SimpleNamespace:
         """Draw one picture for each prompt.
 
@@ -126,6 +127,7 @@ class ScenePainter:
             latents: The first noise itself, `[n, 12, 16, 16]`.
             output_type: PIL pictures, a tensor `[n, 3, 32, 32]` in 0..1, or the latents.
             callback_on_step_end: Called with painter, index of the step, timestep and `{"latents"}`.
+            negative_prompt: What to go away from, in place of no prompt; one, or one for each.
 
         Returns:
             `images`.
@@ -134,7 +136,8 @@ class ScenePainter:
         unet: Any = self.unet
         device = next(unet.parameters()).device
         guided = guidance_scale != 1
-        context = self.text_tower([*([""] * len(prompts) if guided else []), *prompts]).to(device)
+        away = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else list(negative_prompt)
+        context = self.text_tower([*(away if guided else []), *prompts]).to(device)
         if latents is None:
             shape = (unet.config.in_channels, unet.config.sample_size, unet.config.sample_size)
             if isinstance(generator, list):

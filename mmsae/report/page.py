@@ -62,7 +62,8 @@ def _section(result: Result, index: int) -> dict[str, Any] | None:
     """What the template shows of one result; None for one that only brings latents."""
     drawn = [(p.title, Markup(draw(p, f"{index}-{j}-{p.title}"))) for j, p in enumerate(result.plots)]
     tables = [grid(table) for table in result.tables]
-    if result.latents and not drawn and not tables:
+    pictures = [p for p in result.pictures if p.source.startswith("data:image/")]  # nothing that has to be fetched
+    if result.latents and not drawn and not tables and not pictures:
         return None
     name = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", result.name)
     name = name if name.isupper() else name.capitalize()
@@ -72,5 +73,6 @@ def _section(result: Result, index: int) -> dict[str, Any] | None:
         "title": result.title or name,
         "plots": [(caption, svg) for caption, svg in drawn if svg],
         "tables": tables,
+        "pictures": pictures,
         "fine_print": fine_print(result),
     }

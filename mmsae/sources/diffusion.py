@@ -387,6 +387,17 @@ class Diffusion(Pipeline):
         suffix = (self.encoder or "").removeprefix("text_encoder")
         return getattr(self.pipe, f"tokenizer{suffix}", None)
 
+    @property
+    def special_ids(self) -> list[int]:
+        """Tokens of the steered text encoder that are no words: start, end, padding."""
+        self.model  # noqa: B018, loading sets the tokenizer
+        tokenizer = self._tokenizer
+        if tokenizer is None:
+            raise MmsaeError(f"{type(self.pipe).__name__} has no tokenizer, so its words are not known.")
+        if hasattr(self.pipe, "text_tower"):
+            return [tokenizer.pad, tokenizer.start, tokenizer.end]
+        return list(tokenizer.all_special_ids)
+
     def _tokens(self, batch: dict[str, Any], T: int) -> tuple[Tensor, Tensor]:
         """Ids and attention mask `[B, T]` as the pipeline makes them."""
         tokenizer = self._tokenizer

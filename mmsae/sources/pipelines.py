@@ -87,6 +87,8 @@ class Pipeline(Source):
                     batch[key] = torch.stack([torch.as_tensor(item[key]) for item in items])
         else:
             batch["prompt"] = [str(i.get("text") or "") if self.mode == "noise" else text_of(i) for i in items]
+        if any("negative_prompt" in item for item in items) and self._takes("negative_prompt"):
+            batch["negative_prompt"] = [str(item.get("negative_prompt") or "") for item in items]
         names = (f"{self.seed} {item['sample_id']} {item.get('text') or ''}" for item in items)
         batch["noise_seed"] = torch.tensor([zlib.crc32(name.encode()) for name in names])
         if self.mode == "noise":
@@ -98,6 +100,14 @@ class Pipeline(Source):
             if torch.is_grad_enabled():  # pipelines draw without gradients, whoever asks for them
                 stack.enter_context(torch.no_grad())
             return self.pipe(**self._arguments(batch, steps=self.steps, output_type=output_type)).images
+
+    def draw(self, batch: dict[str, Any]) -> Tensor:
+        """Finished pictures of a batch of prompts `[B, 3, H, W]` in 0..1, float32 on the CPU."""
+        self.model  # noqa: B018, loading sets the pipeline
+        drawn = torch.as_tensor(self._generate(batch, "pt"))
+        if drawn.shape[-1] == 3 and drawn.shape[1] != 3:  # DiT gives arrays [B, H, W, 3]
+            drawn = drawn.permute(0, 3, 1, 2)
+        return drawn.float().cpu().clamp(0, 1)
 
     def _arguments(self, batch: dict[str, Any], steps: int, output_type: str) -> dict[str, Any]:
         """Arguments of the pipeline, those that it takes."""
@@ -112,6 +122,8 @@ class Pipeline(Source):
         }
         if "prompt" in batch:
             given["prompt"] = list(batch["prompt"])
+        if "negative_prompt" in batch:
+            given["negative_prompt"] = list(batch["negative_prompt"])
         if "class_label" in batch:
             given |= {"class_labels": batch["class_label"].tolist()}
             given["output_type"] = "pil" if output_type == "pil" else "pt"  # DiT gives no latents

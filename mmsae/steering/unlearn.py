@@ -1,4 +1,4 @@
-"""Removing concepts from a diffusion model: which latents speak of them at which step, and the edit that negates them."""
+"""Removing concepts from a diffusion model: which latents speak of them at which step, and their negation."""
 
 from __future__ import annotations
 
@@ -102,8 +102,8 @@ class Unlearn(LatentEdit):
     """SAeUron: where a latent of the concept is unusually active, its code is multiplied by `gamma` times its mean.
 
     `z <- gamma * mu_i(t, D_c) * z` for the latents that were selected at the running timestep, at positions where z
-    exceeds its mean over all concepts; what the dictionary does not explain is kept by `steer`. Acts on both halves of a
-    guided step unless `where` says otherwise. Several concepts are removed at once by the union of their latents.
+    exceeds its mean over all concepts; what the dictionary does not explain is kept by `steer`. Acts on both halves of
+    a guided step unless `where` says otherwise. Several concepts are removed at once by the union of their latents.
 
     Source: *SAeUron*, arXiv 2501.18052.
 
@@ -156,8 +156,11 @@ class Unlearn(LatentEdit):
         """See the class."""
         if self.empty:
             return z
-        now = rows.context.time.float().cpu()  # [B] or [1]
-        step = (self.timesteps[:, None] - now[None]).abs().argmin(0).expand(rows.context.shape[0])
-        step = step[rows.example.cpu()]  # [R]
+        if len(self.timesteps) == 1:  # words of a text encoder know none
+            step = torch.zeros(len(z), dtype=torch.int64)
+        else:
+            now = rows.context.time.float().cpu()  # [B] or [1]
+            step = (self.timesteps[:, None] - now[None]).abs().argmin(0).expand(rows.context.shape[0])
+            step = step[rows.example.cpu()]  # [R]
         chosen, factor, usual = (x[step].to(z.device) for x in (self.chosen, self.factor, self.usual))
         return torch.where(chosen & (z > usual), factor.to(z) * z, z)

@@ -16,6 +16,7 @@ from mmsae.codes import Codes
 from mmsae.cores import Crosscoder, GroupSparse, TopK
 from mmsae.errors import MmsaeError
 from mmsae.latents import LatentStore
+from mmsae.results import Result
 from mmsae.sources import MODALITIES
 from mmsae.spec import ACTS
 
@@ -307,3 +308,15 @@ def test_zero_shot_runs_on_a_source_of_two_towers():
     data.source = Source()
     with pytest.raises(MmsaeError, match="no label has prompts"):
         ZeroShotConcepts(prompts={"taste": ["sweet"]}).run(core, latents, data)
+
+
+def test_what_it_gives_can_be_saved_and_is_the_same_twice(tmp_path):
+    data, core = Data(), axes()
+    latents = LatentStore.build(core, data.rows("test"))
+    before = {k: v.clone() for k, v in core.state_dict().items()}
+    first, again = (CrossModal(n_bootstrap=20).run(core, latents, data) for _ in range(2))
+    assert Result.load(first.save(tmp_path)) == first
+    assert first.title
+    assert all(type(v) is float for v in first.numbers.values())
+    assert str(first) == str(again)  # NaN differs from itself
+    assert all(torch.equal(before[k], v) for k, v in core.state_dict().items())

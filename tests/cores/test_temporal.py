@@ -26,7 +26,7 @@ def drifting(seed, n=8000, k=3, n_concepts=32):
     return x, step * 100 + 49, concepts
 
 
-def trained(modulation, seed, x, timestep, steps=600, k=3):
+def trained(modulation, seed, x, timestep, steps=400, k=3):
     torch.manual_seed(seed)
     core = Temporal(D, M, k=k, modulation=modulation, n_buckets=STEPS, dead_after=20_000).train()
     core.start({ACTS: {"x": x[:4096]}, "timestep": timestep[:4096]})
@@ -35,7 +35,7 @@ def trained(modulation, seed, x, timestep, steps=600, k=3):
     for step in range(1, steps + 1):
         for group in optimizer.param_groups:
             group["lr"] = 3e-3 * min(1.0, step / 50, (steps - step + 1) / (0.3 * steps))
-        rows = torch.randint(len(x), (512,), generator=g)
+        rows = torch.randint(len(x), (256,), generator=g)
         losses = core.losses({ACTS: {"x": x[rows]}, "timestep": timestep[rows]})
         optimizer.zero_grad()
         sum(losses.terms.values()).backward()

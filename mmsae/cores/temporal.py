@@ -85,6 +85,7 @@ class Temporal(TopK):
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
             self.network = nn.Sequential(nn.Linear(2 * FREQUENCIES, hidden), nn.SiLU(), last)
+        self._latest: tuple[Tensor, Tensor] | None = None  # rows and timesteps of the running step
         buckets = n_buckets if modulation == "statistics" else 1
         self.register_buffer("bucket_mean", torch.zeros(buckets, width))
         self.register_buffer("bucket_square", torch.ones(buckets, width))
@@ -164,12 +165,20 @@ class Temporal(TopK):
         x = self._normalised(self.inputs(batch))
         timestep = self._timesteps(x, batch)
         if self.training and self.modulation == "statistics":
-            self._follow(x.detach(), timestep)
+            self._latest = x.detach(), timestep
         plain = self._plain(x, timestep)
         codes = replace(super().encode(plain), extra={TIMESTEP: timestep})
         terms, reconstruction = self.reconstruct(self.target(batch), codes)
         terms |= self.auxiliary(plain, plain, super().decode(codes))
         return Losses(terms, codes, reconstruction)
+
+    @torch.no_grad()
+    def after_step(self, step: int, codes: Codes) -> None:
+        """Unit rows; the statistics follow the rows of this step."""
+        super().after_step(step, codes)
+        if self._latest is not None:
+            self._follow(*self._latest)
+            self._latest = None
 
     @torch.no_grad()
     def start(self, batch: Batch) -> None:

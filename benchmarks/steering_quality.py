@@ -20,11 +20,11 @@ from jsonargparse import auto_cli
 sys.path.append(str(Path(__file__).parent.parent / "recipes"))
 
 from diffusion_stage import Opened, open_run, place
-from steer_diffusion import concept_rows, to_try
+from steer_diffusion import concept_rows
 
 from mmsae.cli.evaluate import show
 from mmsae.results import Result, Table
-from mmsae.steering import Add, Intervention, Judge, Stage, by_effect, draw
+from mmsae.steering import Add, Intervention, Judge, Stage, by_effect, candidates_for, draw
 from mmsae.steering.judge import wilson
 
 
@@ -32,7 +32,7 @@ def chosen_latents(opened: Opened, judge: Judge, colour: int, n: int, candidates
     """Latents of a colour by their effect on validation prompts of other colours."""
     text = judge.prompts["colour"][colour]
     latents, positive = concept_rows(opened, text)
-    tried = to_try(latents, positive, opened.scale, candidates)
+    tried = candidates_for(latents, positive, opened.scale, candidates)
     others = [item for item in opened.items if item["labels"]["colour"] != colour][:4]
     stage = Stage(opened.source, opened.core, opened.hook_point, opened.scale, others, [seed], place(opened))
     return [e.latents[0] for e in by_effect(stage, judge, tried, text, "a digit", 2.0)][:n]

@@ -40,8 +40,8 @@ from mmsae.steering import (
     Stage,
     Transplant,
     by_effect,
+    candidates_for,
     draw,
-    mean_difference,
     trace,
 )
 from mmsae.steering.drawing import Item, items_of, over
@@ -211,7 +211,7 @@ def choose(
         return like_picture(opened, like, n), None
     assert text is not None
     latents, positive = concept_rows(opened, text)
-    tried = to_try(latents, positive, opened.scale, candidates)
+    tried = candidates_for(latents, positive, opened.scale, candidates)
     alike = [str(item["text"]) for item in stage.items]
     ranked = by_effect(stage, judge, tried, text, alike[0] if len(alike) == 1 else _common(alike), strength=2.0)
     rows: list[list[Any]] = [
@@ -222,19 +222,6 @@ def choose(
     if not kept:
         raise MmsaeError(f"none of {len(tried)} latents moves the pictures towards {text!r}; try more --candidates.")
     return kept, Table("tried at strength 2", columns, rows)
-
-
-def to_try(latents: LatentStore, positive: np.ndarray, scale: Tensor, n: int) -> list[int]:
-    """Candidates for a concept: those that fire most reliably more for it, and those that fire most strongly more.
-
-    The first alone would list latents that hardly move anything, but never fail to.
-    """
-    reliable = mean_difference(latents, positive, n=n).ids.tolist()
-    pooled = latents.pool()
-    more = (pooled[positive].mean(0) - pooled[~positive].mean(0)) / scale.numpy()
-    strong = np.argsort(-more, kind="stable")[:n].tolist()
-    both = [i for pair in zip(strong, reliable, strict=True) for i in pair]
-    return list(dict.fromkeys(int(i) for i in both))[:n]
 
 
 def _common(prompts: Sequence[str]) -> str:

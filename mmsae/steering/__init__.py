@@ -24,7 +24,16 @@ from mmsae.steering.edits import (
     SuppressRange,
     VectorEdit,
 )
-from mmsae.steering.effects import Discovery, Effect, Stage, by_effect, discover, effect_of, in_band
+from mmsae.steering.effects import (
+    Discovery,
+    Effect,
+    Stage,
+    by_effect,
+    candidates_for,
+    discover,
+    effect_of,
+    in_band,
+)
 from mmsae.steering.intervene import Intervention, codes_at, columns_of, intervene, steer
 from mmsae.steering.judge import Judge
 from mmsae.steering.posterior import ConceptPosterior
@@ -59,7 +68,7 @@ __all__ = [
     "ConceptMeans", "ConceptPosterior", "Conditional", "Content", "Context", "Discovery", "Edit", "Effect",
     "Examples", "Generated", "ImageTokens", "Intervention", "Judge", "LatentEdit", "Mask", "Only", "Patch", "Project",
     "Reconstruct", "Replace", "Rows", "Scale", "Selection", "Stage", "Steps", "Suppress", "SuppressRange",
-    "Timesteps", "TokenIds", "Trace", "Transplant", "Unlearn", "VectorEdit", "Where", "attribute", "by_effect",
+    "Timesteps", "TokenIds", "Trace", "Transplant", "Unlearn", "VectorEdit", "Where", "attribute", "by_effect", "candidates_for",
     "codes_at", "columns_of", "difference_in_means", "discover", "draw", "effect_of", "frequency_difference",
     "in_band", "intervene", "matched_random", "mean_difference", "means", "nearest", "probe_direction", "quantiles",
     "random_direction", "steer", "trace",

@@ -24,11 +24,11 @@ from steer_diffusion import concept_rows
 
 from mmsae.cli.evaluate import show
 from mmsae.results import Result, Table
-from mmsae.steering import Add, Intervention, Judge, Stage, by_effect, candidates_for, draw
-from mmsae.steering.judge import wilson
+from mmsae.steering import Add, Intervention, PictureJudge, Stage, by_effect, candidates_for, draw
+from mmsae.steering.picture_judge import wilson
 
 
-def chosen_latents(opened: Opened, judge: Judge, colour: int, n: int, candidates: int, seed: int) -> list[int]:
+def chosen_latents(opened: Opened, judge: PictureJudge, colour: int, n: int, candidates: int, seed: int) -> list[int]:
     """Latents of a colour by their effect on validation prompts of other colours."""
     text = judge.prompts["colour"][colour]
     latents, positive = concept_rows(opened, text)
@@ -39,7 +39,7 @@ def chosen_latents(opened: Opened, judge: Judge, colour: int, n: int, candidates
 
 
 def colours(
-    opened: Opened, judge: Judge, strengths: list[float], seeds: list[int], n: int, latents: int
+    opened: Opened, judge: PictureJudge, strengths: list[float], seeds: list[int], n: int, latents: int
 ) -> list[Result]:
     """Every colour, on test prompts of other colours."""
     from mmsae.cli.run import datamodule_of
@@ -90,7 +90,9 @@ def colours(
     return [Result("Colours", "steering every colour", tables=[first, second])]
 
 
-def masks(opened: Opened, judge: Judge, strengths: list[float], seeds: list[int], n: int, latents: int) -> list[Result]:
+def masks(
+    opened: Opened, judge: PictureJudge, strengths: list[float], seeds: list[int], n: int, latents: int
+) -> list[Result]:
     """Pixel change outside of a half of the picture by that inside."""
     prompts = opened.items[:n]
     by_hand = chosen_latents(opened, judge, 5, latents, 8, 1010)
@@ -144,7 +146,7 @@ def main(
     if threads:
         torch.set_num_threads(threads)
     opened = open_run(run, None, None, None, [], steps=steps)
-    judge = Judge.load()
+    judge = PictureJudge.load()
     results = (colours if what == "colours" else masks)(opened, judge, strengths, seeds, n, n_latents)
     show(results)
     if out:

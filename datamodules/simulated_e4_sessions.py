@@ -36,7 +36,7 @@ class SimulatedE4Sessions(ActivationDataModule):
         n_val: int = 400,
         n_test: int = 400,
         wearer_seed: int = 1,
-        seconds: float = 32.0,
+        seconds: float = 16.0,
         rate: int = 32,
         **kwargs: Any,
     ) -> None:

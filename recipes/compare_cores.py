@@ -30,7 +30,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from mmsae.cores import SAECore
+from mmsae.cores import SAECore, SharedDictionary
 from mmsae.errors import MmsaeError, checked, nearest
 from mmsae.files import write_atomic
 from mmsae.metrics import Fidelity, ground_truth
@@ -137,6 +137,8 @@ def refused(cls: type[SAECore], world: World) -> str:
     """Why a core cannot run on a world; empty if it can."""
     if cls.needs:
         return f"needs {', '.join(sorted(cls.needs))}, which no world has"
+    if issubclass(cls, SharedDictionary):
+        return "needs pairs of one space, and measures of each stream (docs/cross_modal_cores.md)"
     if (reads_several(cls) or transcodes(cls)) and not world.streams:
         return "needs two streams"
     return ""

@@ -26,7 +26,7 @@ from mmsae.errors import MmsaeError
 from mmsae.files import write_atomic
 from mmsae.report.page import write_report
 from mmsae.results import Plot, Result, Table
-from mmsae.steering import Add, Effect, Judge, Stage, discover, in_band
+from mmsae.steering import Add, Effect, PictureJudge, Stage, discover, in_band
 from mmsae.steering.drawing import items_of
 from mmsae.steering.sheet import inline, sheet
 
@@ -92,7 +92,7 @@ def find_diffusion_features(
     if len(band) != 2 or not 0 <= band[0] < band[1] <= 1:
         raise MmsaeError(f"--band takes the lowest and the highest share, not {band}.")
     opened = open_run(run, sae, model, hook_point, prompts or [], steps=steps, guidance_scale=guidance_scale, size=size)
-    clip = Judge.load(judge)
+    clip = PictureJudge.load(judge)
     vocabulary = vocabulary_of(clip, words)
     items = items_of(prompts) if prompts else opened.items[:n_prompts]
     stage = Stage(
@@ -156,7 +156,7 @@ def find_diffusion_features(
         print(f"page: {page}")
 
 
-def vocabulary_of(judge: Judge, words: str | None) -> list[str]:
+def vocabulary_of(judge: PictureJudge, words: str | None) -> list[str]:
     """Words of a file, or the texts that the judge classifies with."""
     if words is None:
         known = [text for texts in judge.prompts.values() for text in texts]

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -20,6 +21,7 @@ from datamodules import Scenes, Sounds
 from mmsae.errors import MmsaeError
 from mmsae.files import write_atomic
 from mmsae.miniatures import captions, sounds
+from mmsae.miniatures.scenes import Scenes as SceneSet
 from mmsae.sources import CLAP, PairedEmbeddings, SceneCLIP
 from mmsae.spec import ACTS
 
@@ -83,6 +85,30 @@ def pairs(world: str, seed: int, folder: Path, sizes: tuple[int, int, int] | Non
         )
 
     return {split: part(split) for split in SPLITS}
+
+
+def noised(held: dict[str, Pairs], seed: int, folder: Path, level: float) -> dict[str, Pairs]:
+    """Scenes whose validation and test pictures have Gaussian noise of so many grey levels; kept on disk."""
+    path = folder / f"scenes_{seed}_noise_{level:g}_{len(held['test'].acts['image'])}.safetensors"
+    if not path.exists():
+        rng, it, found = np.random.default_rng(seed), source("scenes").inner, {}
+        for split in ("val", "test"):
+            data = SceneSet(split, len(held[split].acts["image"]), seed)  # type: ignore[arg-type]
+            parts = []
+            for start in range(0, len(data), 50):
+                items = [data[i] for i in range(start, min(start + 50, len(data)))]
+                for item in items:
+                    pixels = np.asarray(item["image"], np.float32)
+                    pixels = pixels + level * rng.standard_normal(pixels.shape)
+                    item["image"] = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+                parts.append(it.forward(it.collate(items)).detach())
+            found[split] = torch.cat(parts)
+        write_atomic(path, save(found))
+    acts = load_file(path)
+    return {
+        split: one._replace(acts={**one.acts, "image": acts[split]}) if split in acts else one
+        for split, one in held.items()
+    }
 
 
 def _embedded(data: Scenes | Sounds, world: str) -> dict[str, Tensor]:

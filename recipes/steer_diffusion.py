@@ -33,7 +33,7 @@ from mmsae.steering import (
     Clamp,
     Edit,
     Intervention,
-    Judge,
+    PictureJudge,
     Reconstruct,
     Replace,
     Scale,
@@ -132,7 +132,7 @@ def steer_diffusion(
     if opened.source.encoder and (box or mask) and not keep_outside:
         raise MmsaeError("words have no places: --box and --mask need keep_outside with this dictionary.")
     items, drawn_seeds = over(items_of(prompts), seeds)
-    clip = Judge.load(judge)
+    clip = PictureJudge.load(judge)
     trials: Table | None = None
     if transplant is not None:
         chosen: list[int] = []
@@ -204,7 +204,7 @@ def transplanted(
 
 
 def choose(
-    opened: Opened, stage: Stage, judge: Judge, text: str | None, like: str | None, n: int, candidates: int
+    opened: Opened, stage: Stage, judge: PictureJudge, text: str | None, like: str | None, n: int, candidates: int
 ) -> tuple[list[int], Table | None]:
     """Latents by a text or a picture, and the table of what was tried."""
     if like is not None:
@@ -262,7 +262,12 @@ def like_picture(opened: Opened, path: str, n: int) -> list[int]:
 
 
 def figures(
-    judge: Judge, reference: Tensor, columns: list[Tensor], headings: list[str], items: list[Item], text: str | None
+    judge: PictureJudge,
+    reference: Tensor,
+    columns: list[Tensor],
+    headings: list[str],
+    items: list[Item],
+    text: str | None,
 ) -> Table:
     """What changed at each strength, measured by a CLIP and, where its weights are at hand, by LPIPS."""
     prompts = [str(item["text"]) for item in items]

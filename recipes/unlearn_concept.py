@@ -32,7 +32,7 @@ from mmsae.steering import (
     ConceptMeans,
     Edit,
     Intervention,
-    Judge,
+    PictureJudge,
     Project,
     Unlearn,
     difference_in_means,
@@ -110,7 +110,7 @@ def unlearn_concept(
     if wrong := [c for c in concepts if c not in names]:
         raise MmsaeError(f"{factor} has no value {wrong[0]!r}; choose among {', '.join(names)}.")
     source, core, point = opened.source, opened.core, opened.hook_point
-    clip = Judge.load(judge)
+    clip = PictureJudge.load(judge)
     if missing := [name for name in opened.factors if name not in clip.prompts]:
         raise MmsaeError(f"the judge {judge} has no prompts for {', '.join(missing)}.")
     data = datamodule_of(Path(run or "runs/scene_diffusion_text"))

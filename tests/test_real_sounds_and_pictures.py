@@ -132,3 +132,42 @@ def test_emoji_go_through_shards(tmp_path):
     data = ImageText(str(tmp_path), source=SceneCLIP(["visual"], device="cpu"))
     items = [data.items(split)[i] for split in ("train", "val", "test") for i in range(len(data.items(split)))]
     assert sorted(item["text"] for item in items) == sorted(names[:60])
+
+
+@needs("coco_cc")
+@pytest.mark.parametrize("name", ["open_clip_vit_b_16_gsae", "open_clip_vit_b_32_vlsae", "llava_1_5_7b_alignment"])
+def test_recipes_of_pairs_run_on_photographs_with_captions(name, tmp_path, monkeypatch):
+    """As written, with the table of COCO; only the models are small and untrained."""
+    from test_recipes import FAST, RECIPES, TINY_CLIP
+    from tiny_lmm import save_lmm
+
+    from mmsae.cli.main import main
+
+    monkeypatch.chdir(tmp_path)
+    with (DATA / "coco_cc" / "index.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    said = {row["file"]: " and a ".join(part.split(":")[0] for part in row["things"].split(";")) for row in rows}
+    table = tmp_path / "pairs.csv"
+    table.write_text(
+        "file,text\n" + "".join(f"{file},a photo of a {words or 'scene'}\n" for file, words in said.items())
+    )
+    own = [f"--data.path={table}", f"--data.root={DATA / 'coco_cc'}", "--data.val_share=0.2", "--data.test_share=0.2"]
+    if name.startswith("llava"):
+        own += [f"--data.source.model.model={save_lmm(tmp_path / 'model', 'llava', layers=31)}"]
+        own += ["--data.source.model.dtype=float32", "--data.batch_size=8"]
+        main(["fit", "--config", str(RECIPES / f"{name}.yaml"), *own, *FAST])
+        return
+    own += ["--data.source.model.pretrained=null", f"--data.source.model.config={TINY_CLIP.replace('64', '49408')}"]
+    quick = ["--trainer.max_steps=20", "--trainer.accelerator=cpu", "--threads=1", "--data.batch_size=8"]
+    small = ["--model.core.d_latent=64", "--model.core.k=8", "--model.lr_warmup_steps=1"]
+    main(["fit", "--config", str(RECIPES / f"{name}.yaml"), *own, *quick, *small])
+    (run,) = Path("runs").glob("*")
+    main(["evaluate", f"--run={run}", "--analyses=[CrossModal,TopExamples]", "--threads=1"])
+    numbers = json.loads((run / "results.json").read_text())["CrossModal"]
+    assert 0 <= numbers["dictionary/jaccard"] <= 1
+    shown = json.loads((run / "results" / "TopExamples.json").read_text())
+    kinds = {shown["media"][e["media"]]["kind"] for latent in shown["latents"] for e in latent["examples"]}
+    assert kinds == {"image", "text"}
+    assert any("a photo of a" in medium.get("tokens", [""])[0] for medium in shown["media"])
+    main(["report", f"--run={run}"])
+    assert "Strongest" in (run / "report.html").read_text()

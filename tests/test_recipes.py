@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from towers import CLAP_CONFIG, clip_config, tone
+from towers import CLAP_CONFIG, clip_config, save_clap, save_clip, tone
 
 from mmsae.cli.main import main
 
@@ -175,8 +175,11 @@ def test_the_siglip_recipe_trains(pictures, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "name",
-    ["sounds_batchtopk", "scene_pairs_crosscoder", "ecg_jepa_topk", "stories_batchtopk", "scene_questions_batchtopk",
-     "scene_questions_saev"],
+    [
+        "sounds_batchtopk", "scene_pairs_crosscoder", "ecg_jepa_topk", "stories_batchtopk", "scene_questions_batchtopk",
+        "e4_miniature_batchtopk",
+        "scene_questions_saev", "scene_pairs_gsae", "scene_pairs_vlsae", "sound_pairs_mgsae",
+    ],
 )  # fmt: skip
 def test_the_recipes_of_miniatures_train(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -212,6 +215,74 @@ def test_the_multimodal_recipes_train(name, family, layers, core, pictures, tmp_
     main(["fit", "--config", str(RECIPES / f"{name}.yaml"), *own, *SMALL_CORE, core, *FAST])
 
 
+@pytest.fixture
+def captioned(pictures, tmp_path):
+    """A table of pictures with captions."""
+    words = ("red dog", "blue bell", "the sound", "a dog", "red bell")
+    rows = [f"{pictures / f'{i}.png'},{words[i % 5]}" for i in range(10)]
+    path = tmp_path / "pairs.csv"
+    path.write_text("file,text\n" + "\n".join(rows))
+    return path
+
+
+@pytest.mark.parametrize("name", ["open_clip_vit_b_16_gsae", "open_clip_vit_b_32_vlsae"])
+def test_the_recipes_of_pairs_train_on_open_clip(name, captioned, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    own = [
+        f"--data.init_args.path={captioned}",
+        "--data.init_args.source.init_args.model.init_args.pretrained=null",
+        f"--data.init_args.source.init_args.model.init_args.config={TINY_CLIP.replace('64', '49408')}",
+        "--model.core.init_args.k=8",
+    ]
+    main(["fit", "--config", str(RECIPES / f"{name}.yaml"), *own, *SMALL_CORE, *FAST])
+
+
+@pytest.mark.parametrize(("family", "point"), [("siglip", "vision_model.head"), ("clip", "visual_projection")])
+def test_the_recipe_of_pairs_trains_on_siglip_and_clip(family, point, captioned, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    own = [
+        f"--data.init_args.path={captioned}",
+        f"--data.init_args.source.init_args.model.init_args.model={save_clip(tmp_path / family, family)}",
+        f"--data.init_args.source.init_args.model.init_args.hook_points=[{point}]",
+    ]
+    main(["fit", "--config", str(RECIPES / "siglip_base_mgsae.yaml"), *own, *SMALL_CORE, *FAST])
+
+
+def test_the_recipe_of_music_with_captions_trains(tmp_path, monkeypatch):
+    soundfile = pytest.importorskip("soundfile")
+    monkeypatch.chdir(tmp_path)
+    Path("sounds").mkdir()
+    for i in range(10):
+        soundfile.write(f"sounds/{i}.wav", tone(200 + 50 * i, 0.5), 16_000)
+    Path("captions.csv").write_text("file,text\n" + "".join(f"{i}.wav,sound of the bell\n" for i in range(10)))
+    own = [f"--data.init_args.source.init_args.model.init_args.model={save_clap(tmp_path / 'clap')}"]
+    main(["fit", "--config", str(RECIPES / "clap_music_mgsae.yaml"), *own, *SMALL_CORE, *FAST])
+
+
+@pytest.mark.parametrize(
+    ("name", "family", "layers"),
+    [("llava_1_5_7b", "llava", 31), ("qwen2_5_vl_3b", "qwen2_5_vl", 27), ("scene_lmm", None, None)],
+)
+def test_the_two_stages_of_vl_sae_train_on_multimodal_models(name, family, layers, captioned, tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    from tiny_lmm import save_lmm
+
+    monkeypatch.chdir(tmp_path)
+    own = ["--data.init_args.n_train=16", "--data.init_args.n_val=8", "--data.init_args.n_test=8"]
+    if family:
+        model = save_lmm(tmp_path / "model", family, layers=layers)
+        given = {"model": model, "dtype": "float32"}
+        own = [f"--data.init_args.source.init_args.model.init_args.{key}={value}" for key, value in given.items()]
+        own += [f"--data.init_args.path={captioned}"]
+    small = ["--data.init_args.batch_size=8", "--trainer.accelerator=cpu", "--threads=1", "--model.lr_warmup_steps=0"]
+    first = ["--model.core.init_args.d_latent=12", "--trainer.max_steps=2"]
+    main(["fit", "--config", str(RECIPES / f"{name}_alignment.yaml"), *own, *small, *first])
+    (run,) = Path("runs").glob("*")
+    second = ["--model.core.init_args.d_latent=64", "--model.core.init_args.k=8", "--model.core.init_args.aligned=12"]
+    second += [f"--model.alignment={run}", "--trainer.fast_dev_run=true"]
+    main(["fit", "--config", str(RECIPES / f"{name}_vlsae.yaml"), *own, *small, *second])
+
+
 def test_the_eeg_recipe_trains(tmp_path, monkeypatch):
     pytest.importorskip("mne")
     pytest.importorskip("braindecode", reason="no braindecode")
@@ -228,6 +299,16 @@ def test_the_eeg_recipe_trains(tmp_path, monkeypatch):
         f"--data.init_args.source.init_args.config={config}",
     ]
     main(["fit", "--config", str(RECIPES / "eeg_motor_imagery_batchtopk.yaml"), *own, *SMALL_CORE, *FAST])
+
+
+def test_the_recipe_of_wristbands_trains(tmp_path, monkeypatch):
+    from recordings import write_e4
+
+    monkeypatch.chdir(tmp_path)
+    for i in range(4):
+        write_e4(tmp_path / "e4" / f"S{i}", seconds=100)
+    own = ["--data.init_args.root=e4", "--data.init_args.labels_file=labels.csv", "--data.init_args.stride_s=16"]
+    main(["fit", "--config", str(RECIPES / "e4_sessions_batchtopk.yaml"), *own, *SMALL_CORE, *FAST])
 
 
 @pytest.mark.parametrize(
@@ -331,9 +412,14 @@ def test_every_recipe_has_a_case():
     tested |= {"clap_htsat_batchtopk", "siglip_so400m_matryoshka", "sounds_batchtopk", "scene_pairs_crosscoder"}
     tested |= {"llava_1_5_7b_topk", "qwen2_5_vl_3b_batchtopk"}
     tested |= {"llava_next_mistral_saev", "llava_next_vicuna_saev", "chameleon_7b_saev", "scene_questions_saev"}
+    tested |= {"e4_miniature_batchtopk", "e4_sessions_batchtopk"}
     tested |= {"ecg_jepa_topk", "eeg_motor_imagery_batchtopk", "stories_batchtopk", "scene_questions_batchtopk"}
     tested |= {"pixart_xl_temporal", "dit_xl_2_temporal", "sd3_medium_batchtopk", "flux_schnell_topk"}
     tested |= {"sd_1_5_text_topk", "scene_diffusion_text_batchtopk", "scene_diffusion_up_batchtopk"}
     tested |= {"scene_diffusion_up_temporal"}
     tested |= {"sdxl_turbo_down_2_1_topk", "sd_1_5_up_1_1_batchtopk", "scene_diffusion_batchtopk"}
+    tested |= {"scene_pairs_gsae", "scene_pairs_vlsae", "sound_pairs_mgsae", "open_clip_vit_b_16_gsae"}
+    tested |= {"open_clip_vit_b_32_vlsae", "siglip_base_mgsae", "clap_music_mgsae"}
+    staged = ("llava_1_5_7b", "qwen2_5_vl_3b", "scene_lmm")
+    tested |= {f"{name}_{stage}" for name in staged for stage in ("alignment", "vlsae")}
     assert {path.stem for path in RECIPES.glob("*.yaml")} == tested

@@ -12,6 +12,7 @@ from torch import Tensor
 from mmsae.analyses.base import Analysis
 from mmsae.analyses.cross_modal_measures import (
     GOOD,
+    SET,
     Codes,
     Measured,
     Recovered,
@@ -149,6 +150,7 @@ class CrossModal(Analysis):
         ]
         use = [
             row("partner nearest (R@1) ↑", "r@1", numbers["dense/r@1"]),
+            row("embeddings centred by stream: R@1 ↑", "", numbers["dense/r@1_centred"]),
             row("mean reciprocal rank ↑", "mrr", numbers["dense/mrr"]),
             row("modality gap ↓", "gap", numbers["dense/gap"]),
             row("cosine of a pair ↑", "pair_cosine", numbers["dense/pair_cosine"]),
@@ -161,6 +163,7 @@ class CrossModal(Analysis):
                 row("AUROC of the latent chosen in the other stream ↑", "cross_recovery", dense[0]),
                 row(f"values whose latent has {GOOD} there ↑", "cross_found", dense[1]),
                 row("the same latent where it was chosen ↑", "same_recovery", numbers.get("dense/same_recovery")),
+                row(f"latents with {SET} examples in both streams", "sets"),
                 row("intra-similarity of concept sets ↑", "intra"),
                 row("inter-similarity of concept sets ↓", "inter"),
                 row("multimodal monosemanticity ↑", "mms"),

@@ -103,15 +103,28 @@ def measure(
         found["same_recovery"] = float(np.nanmean(same.auroc))
     judged = judged or {name: scored.features(factors, name) for name in streams}
     if all(features.shape[1] for features in judged.values()):
-        mine, theirs = (concept_sets.set_means(codes[name], judged[name], SET) for name in streams[:2])
-        found["intra"] = concept_sets.intra_similarity(mine, theirs)
-        found["inter"] = concept_sets.inter_similarity(mine, theirs)
-        found["inter_symmetric"] = concept_sets.inter_similarity(mine, theirs, symmetric=True)
+        found |= alike(codes, judged)
         mms = multimodal_monosemanticity(one, judged[streams[0]], other, judged[streams[1]])
         found["mms"] = float(mms.mean())  # over all latents: a dead one has 0
     if factors and n_queries and len({x.shape[1] for x in scored.acts.values()}) == 1:
         found |= control(coder, crossed, codes, scored, n_queries, strength, seed)
     return Measured(found, codes, crossed)
+
+
+def alike(codes: Codes, judged: dict[str, Tensor]) -> dict[str, float]:
+    """How alike the concept sets of a latent are in both streams, and those of different latents.
+
+    Args:
+        codes: Of the pairs that the sets are drawn from.
+        judged: Stream to features of the same pairs.
+    """
+    mine, theirs = (concept_sets.set_means(codes[name], judged[name], SET) for name in list(codes)[:2])
+    return {
+        "sets": float((np.isfinite(mine) & np.isfinite(theirs)).all(1).mean()),
+        "intra": concept_sets.intra_similarity(mine, theirs),
+        "inter": concept_sets.inter_similarity(mine, theirs),
+        "inter_symmetric": concept_sets.inter_similarity(mine, theirs, symmetric=True),
+    }
 
 
 def fvu(coder: StreamCoder, pairs: Pairs) -> float:
@@ -186,14 +199,21 @@ def control(
 
 
 def dense_numbers(chosen: Pairs, scored: Pairs, factors: dict[str, int]) -> dict[str, float]:
-    """The same of the embeddings themselves, as far as it makes sense; their dimensions count with both signs."""
+    """The same of the embeddings themselves, as far as it makes sense; their dimensions count with both signs.
+
+    Partners are also sought after the mean of each stream is subtracted, as many dictionaries do: that alone helps.
+    """
     one, other = list(scored.acts.values())[:2]
     if one.shape[1] != other.shape[1]:
-        return dict.fromkeys(("r@1", "mrr", "gap", "pair_cosine"), float("nan"))
+        return dict.fromkeys(("r@1", "mrr", "gap", "pair_cosine", "r@1_centred", "mrr_centred"), float("nan"))
+    means = [x.mean(0) for x in list(chosen.acts.values())[:2]]
+    centred = _found_partners(one - means[0], other - means[1])
     found = {
         **_found_partners(one, other),
         "gap": code_retrieval.modality_gap(one, other),
         "pair_cosine": code_retrieval.pair_cosine(one, other),
+        "r@1_centred": centred["r@1"],
+        "mrr_centred": centred["mrr"],
     }
     if factors:
         first, codes = ({n: torch.cat([x, -x], 1).numpy() for n, x in p.acts.items()} for p in (chosen, scored))

@@ -129,8 +129,8 @@ class CrossModalWeights(Analysis):
                 words = list(dict.fromkeys(tokenizer.decode([int(i)]).strip() or "␣" for i in ids))[:WORDS]
             weight, centred = float(found.weights[j]), float(found.centred[j])
             on = [int(found.firings[kind, j]) for kind in KINDS]
-            rows.append([j, weight, weight - float(found.null[0]), centred, *on, " · ".join(words)])
-        columns = ["latent", "ω", "ω − null", "ω centred", "text tokens", "image tokens", "strongest words"]
+            rows.append([j, weight, centred, *on, " · ".join(words)])
+        columns = ["latent", "ω", "centred", "on text", "on image", "strongest words"]
         return Table("Largest weights", columns, rows)
 
     def _histogram(self, found: CrossModal, excess: float) -> Plot:

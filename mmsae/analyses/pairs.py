@@ -45,7 +45,7 @@ class Pairs(NamedTuple):
             rows = np.flatnonzero(self.known(factor, stream))
             vector[rows, self.labels[factor][rows]] = 1.0
             parts.append(vector)
-        return torch.cat(parts, 1)
+        return torch.cat(parts, 1) if parts else torch.zeros(len(self.samples), 0)
 
 
 def pairs_of(core: SAECore, data: Any, split: str, limit: int) -> Pairs:

@@ -19,7 +19,7 @@ from mmsae.results import Plot, Result, Table
 from mmsae.spec import in_float32
 
 RANDOM = "random"
-MEASURES = {"accuracy": "exact answers ↑", "cross_entropy": "nats per token of the answers ↓"}
+MEASURES = {"accuracy": ("Exact answers", "↑"), "cross_entropy": ("Nats per token of the answers", "↓")}
 
 
 class PatchFilter(Analysis):
@@ -65,12 +65,7 @@ class PatchFilter(Analysis):
         numbers = {f"{name}/{measure}": float(total[i]) / n_items
                    for name, total in sums.items() for i, measure in enumerate(MEASURES)}  # fmt: skip
         names = [*PATCH_SCORES, RANDOM]
-        rows: list[list[Any]] = [
-            [name, *(numbers[f"{name}/{share:g}/{measure}"] for measure in MEASURES for share in self.keep)]
-            for name in names
-        ]
-        rows.append(["all tokens", *(numbers[f"all/{measure}"] for measure in MEASURES for _ in self.keep)])
-        columns = [f"{said[:-2]} at {share:.0%} {said[-1]}" for said in MEASURES.values() for share in self.keep]
+        tables = [self._table(numbers, measure, names) for measure in MEASURES]
         low = min(self.keep)
         best = max(PATCH_SCORES, key=lambda name: numbers[f"{name}/{low:g}/accuracy"])
         title = (
@@ -84,8 +79,18 @@ class PatchFilter(Analysis):
                  for name in names]  # fmt: skip
         plot = Plot(f"kept by {best}, image tokens matter most", "share of image tokens kept", "exact answers", lines)
         settings = {"split": self.split, "conversations": n_items, "weights_on": self.weights_on}
-        table = Table("Answers with a part of the image tokens", ["kept by", *columns], rows)
-        return Result("PatchFilter", title, numbers, [table], [plot], settings=settings)
+        return Result("PatchFilter", title, numbers, tables, [plot], settings=settings)
+
+    def _table(self, numbers: dict[str, float], measure: str, names: list[str]) -> Table:
+        """One measure: a row for each score, a column for each share."""
+        rows: list[list[Any]] = [
+            [name, *(numbers[f"{name}/{share:g}/{measure}"] for share in self.keep)] for name in names
+        ]
+        rows.append(["all tokens", *(numbers[f"all/{measure}"] for _ in self.keep)])
+        said, arrow = MEASURES[measure]
+        return Table(
+            f"{said} with a part of the image tokens", ["kept by", *(f"{s:.0%} {arrow}" for s in self.keep)], rows
+        )
 
     @torch.no_grad()
     def _asked(self, core: SAECore, data: Any, found: CrossModal) -> tuple[dict[str, Tensor], int]:

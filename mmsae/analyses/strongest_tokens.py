@@ -91,7 +91,7 @@ class StrongestTokens:
         self.histogram = torch.zeros(d_latent, OCTAVES * STEPS, dtype=torch.int32)
         self.kept: list[tuple[Tensor, Tensor]] = []  # rows, their activations
         self.limit = 4096  # rows kept before some are dropped
-        self.n_random = checked("n_random", n_random, n)
+        self.n_random = checked("n_random", n_random, 1)
         self.random: list[tuple[Tensor, Tensor]] = []  # of each kind: a draw, the activation
         self.sums: list[Tensor] = []
         self.counts = torch.zeros(len(KINDS), dtype=torch.int64)

@@ -45,7 +45,7 @@ def convert(
         activations: Also compare on these: a store, or a file .npy or .safetensors with one matrix.
     """
     path = Path(sae)
-    name = source or ("mmsae" if _is_ours(path) else formats.detect(path))
+    name = source or ("mmsae" if is_ours(path) else formats.detect(path))
     core = mmsae.artifact.load(sae) if name == "mmsae" else formats.load(path, name)
     rows = {"random rows": random_rows(core)} if check or activations else {}
     if activations:
@@ -72,7 +72,7 @@ def convert(
         )
 
 
-def _is_ours(path: Path) -> bool:
+def is_ours(path: Path) -> bool:
     """Whether `mmsae.artifact` shall look for it, which also knows hub ids and says what is missing."""
     if not path.exists():
         return True

@@ -51,7 +51,7 @@ def evaluate(
     folder = Path(run)
     data = datamodule_of(folder, store=store)
     core = mmsae.artifact.load(sae or folder)
-    data.spec.require(core.spec.input, core.spec.d_in)
+    core.check(data.spec)
     if codes is None:
         latents = LatentStore.build(core, data.rows(split), max_rows, split)
     else:

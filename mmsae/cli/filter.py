@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from jsonargparse import auto_cli
 
@@ -13,11 +14,10 @@ from datamodules import Conversations
 from mmsae.cli.base import quiet
 from mmsae.cli.messages import Parser
 from mmsae.cli.run import datamodule_of
-from mmsae.cli.scoring import Scores, ranked, weights_of, write_kept, write_table
+from mmsae.cli.scoring import Scores, ranking, refuse, weights_of, write_kept, write_table
 from mmsae.errors import MmsaeError, checked
-from mmsae.metrics.cross_modal_weight import SCORES
 
-Score = Literal["cosine_co", "cosine", "co_l0", "l0", "l1", "co_occurrence", "random"]
+Score = Literal["cosine_co", "cosine", "co_l0", "l0", "l1", "co_occurrence", "association", "random"]
 
 
 def filter_conversations(
@@ -49,7 +49,7 @@ def filter_conversations(
         path: A .jsonl file of conversations, a folder, or a glob, as `--data=Conversations` reads them.
         images: Folder that paths of pictures are relative to; by default that of their file.
         keep: Share of the conversations that is kept.
-        score: What they are ranked by, see docs/sae_v.md.
+        score: What they are ranked by, see docs/sae_v.md; association where no latent is of both words and pictures.
         normalise: "tokens" divides scores by the number of tokens, for conversations of very different length.
         out: File of the kept conversations, their lines unchanged and in their order.
         table: CSV file with the scores of all conversations; default: beside `out`.
@@ -67,19 +67,25 @@ def filter_conversations(
         raise MmsaeError(f"keep={keep:g} is out of range: it is a share above 0 and at most 1.")
     if threads:
         torch.set_num_threads(checked("threads", threads, 1))
-    data = datamodule_of(Path(run))
-    talks = Conversations(path, images, val_share=0, test_share=0, source=data.source, store=data.store)
-    scores = Scores(Path(run), sae or run, data.source, talks, without_picture)
-    core = mmsae.artifact.load(sae or run)
-    weights = weights_of(Path(run), core, mmsae.artifact.identity(sae or run), data, split, n, delta, max_rows)
-    rows = scores.all(core, weights, examples_per_forward or data.examples_per_forward)
-    order = ranked(rows, score, normalise, keep, without_picture == "keep", seed)
+    folder, dictionary = Path(run), sae or run
+    data = datamodule_of(folder)
+    refuse(data.source)
+    talks = Conversations(path, images, val_share=0, test_share=0, source=data.source)
+    scores = Scores(folder, dictionary, data.source, talks, without_picture)
+    core, identity = mmsae.artifact.load(dictionary), mmsae.artifact.identity(dictionary)
+    weights = weights_of(folder, core, identity, data, split, n, delta, max_rows)
+    columns = scores.columns(core, weights, examples_per_forward or data.examples_per_forward, seed)
+    best = np.argsort(-ranking(columns, score, normalise), kind="stable")  # of equal ones the earlier
+    places = np.flatnonzero(scores.pictured)
+    kept = np.logical_not(scores.pictured) if without_picture == "keep" else np.zeros(len(scores.pictured), np.bool_)
+    kept[places[best[: max(round(keep * len(places)), 1)]]] = True
     file = Path(table) if table else Path(out).with_suffix(".scores.csv")
-    write_table(file, talks, rows, order, seed)
-    kept = write_kept(Path(out), talks, order)
-    print(f"kept:   {out} ({kept:,} of {len(rows):,} conversations, the best by {score})")
-    print(f"scores: {file} ({', '.join(SCORES)})")
-    print(f"next:   read it with --data=Conversations --data.path={out} --data.images={images or Path(path).parent}")
+    write_table(file, talks, scores.pictured, columns, kept)
+    n_kept = write_kept(Path(out), talks, kept)
+    print(f"kept:   {out} ({n_kept:,} of {len(kept):,} conversations, the best by {score})")
+    print(f"scores: {file}")
+    where = images or (path if Path(path).is_dir() else Path(path).parent)
+    print(f"next:   mmsae fit --data=Conversations --data.path={out} --data.images={where} ..., or fine-tune on it")
 
 
 def run(args: list[str]) -> None:

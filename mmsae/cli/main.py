@@ -20,7 +20,7 @@ VERBS = {
     "evaluate": ("mmsae.cli.evaluate", "run analyses on a trained dictionary"),
     "filter": ("mmsae.cli.filter", "rank conversations about pictures and keep the best"),
     "similarity": ("mmsae.cli.similarity", "compare layers of models by their dictionaries and activations"),
-    "steer": ("mmsae.cli.steer", "steer a model with latents; steer bench: success, damage and controls"),
+    "steer": ("mmsae.cli.steer", "steer a model with latents; steer bench measures it"),
     "report": ("mmsae.cli.report", "draw the page of an evaluated run"),
     "convert": ("mmsae.cli.convert", "write a dictionary in the format of another library, or read one"),
 }

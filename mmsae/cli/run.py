@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-import mmsae.sources  # noqa: F401  (its imports are the registry)
+import mmsae.artifact
+import mmsae.sources
 from datamodules import ActivationDataModule
+from mmsae import formats
+from mmsae.cli.convert import is_ours
 from mmsae.cli.messages import Parser
+from mmsae.cores import SAECore
 from mmsae.errors import MmsaeError
 from mmsae.results import Plot, Result
+from mmsae.spec import ACTS, Batch, rows_of
 from mmsae.store import CodeStore
 
 
@@ -40,6 +46,36 @@ def datamodule_of(run: Path, store: str | None = None) -> ActivationDataModule:
         return parser.instantiate_classes(parser.parse_object({"data": chosen})).data
     except MmsaeError as error:
         raise MmsaeError(f"{run / 'config.yaml'}: {error}") from error
+
+
+def dictionary_of(path: str) -> SAECore:
+    """A dictionary of ours (a run, an sae folder, a hub id), or a folder or file of another library."""
+    return mmsae.artifact.load(path) if is_ours(Path(path)) else formats.load(Path(path))
+
+
+def hook_point_of(core: SAECore, data: ActivationDataModule, given: str | None = None) -> str:
+    """Where a dictionary belongs: its own stream, or for one of another library the only stream of the data."""
+    streams = list(data.spec.streams)
+    found = given or (core.spec.input if core.spec.input in streams else streams[0] if len(streams) == 1 else None)
+    if found is None:
+        raise MmsaeError(f"the dictionary does not say which of {', '.join(streams)} it reads: give --hook_point.")
+    if found not in streams:
+        raise MmsaeError(f"--hook_point={found} is none of those that the run reads: {', '.join(streams)}.")
+    width = data.spec.streams[found]
+    if width != core.spec.d_in:
+        raise MmsaeError(f"the dictionary reads activations of width {core.spec.d_in}, but {found!r} has {width}.")
+    return found
+
+
+def read_for(core: SAECore, hook_point: str, batches: Iterable[Batch], max_rows: int) -> list[Batch]:
+    """Some batches, with the stream of the hook point under the name that the dictionary has for it."""
+    found, n = [], 0
+    for batch in batches:
+        found.append({**batch, ACTS: {**batch[ACTS], core.spec.input: batch[ACTS][hook_point]}})
+        n += rows_of(batch)
+        if n >= max_rows:
+            break
+    return found
 
 
 def codes_of(folder: Path, dictionary: dict[str, Any], origin: dict[str, Any]) -> CodeStore:

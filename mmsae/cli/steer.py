@@ -12,20 +12,18 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-import mmsae.artifact
 from mmsae.cli.base import quiet
 from mmsae.cli.messages import Parser
-from mmsae.cli.run import datamodule_of
+from mmsae.cli.run import datamodule_of, dictionary_of, hook_point_of, read_for
 from mmsae.cli.where import where_of
 from mmsae.cores.base import SAECore
 from mmsae.errors import MmsaeError, checked, nearest
 from mmsae.latents import LatentStore
 from mmsae.sources import Source
-from mmsae.spec import rows_of
 from mmsae.steering import Ablate, Add, Clamp, Edit, Scale, Suppress, mean_difference, quantiles, steer
 
 EDITS: dict[str, Any] = {"add": Add, "clamp": Clamp, "scale": Scale, "suppress": Suppress, "ablate": Ablate}
-UNITS = "99th percentiles of its own activations"
+UNITS = "the 99th percentile of its own activations"
 
 
 def steer_one(
@@ -41,6 +39,7 @@ def steer_one(
     where: str = "all",
     unit: Literal["quantile", "code"] = "quantile",
     sae: str | None = None,
+    hook_point: str | None = None,
     split: Literal["train", "val", "test"] = "val",
     max_new_tokens: int = 40,
     temperature: float = 0.0,
@@ -48,9 +47,7 @@ def steer_one(
     max_rows: int = 100_000,
     threads: int | None = None,
 ) -> None:
-    """Steer the model of a run with latents of its dictionary, and show what it does beside what it did.
-
-    mmsae steer bench measures steering with many latents and controls: mmsae steer bench --help.
+    """Steer the model of a run with latents, and show what it does beside what it did; mmsae steer bench measures it.
 
     Args:
         run: Folder of a `mmsae fit` run.
@@ -66,7 +63,9 @@ def steer_one(
         where: Positions: all, generated, prompt, image, words, positions:0-4, box:TOP,LEFT,BOTTOM,RIGHT (shares of the
             picture); joined by &, the opposite by ~.
         unit: Of the strength: quantile, the 99th percentile of each latent's own activations, or code.
-        sae: Another dictionary than the run's own, such as RUN/sae-model.layers.1; a folder or a hub id.
+        sae: Another dictionary than the run's own, such as RUN/sae-model.layers.1; a folder or a hub id, or a folder of
+            SAELens, Gemma Scope or another library.
+        hook_point: Where that dictionary belongs, if the run reads several points and it does not say.
         split: Of the data, for units, concepts and items.
         max_new_tokens: Tokens to write.
         temperature: 0 takes the likeliest token.
@@ -83,12 +82,12 @@ def steer_one(
     source = data.source
     if source is None:
         raise MmsaeError(f"{run} was trained from a store alone: steering needs --data.source in its config.yaml.")
-    core = mmsae.artifact.load(sae or run)
-    data.spec.require(core.spec.input, core.spec.d_in)
+    core = dictionary_of(sae or run)
+    point = hook_point_of(core, data, hook_point)
     asked = inputs(data, source, prompt, image, item, split)
     strengths = [4.0] if strength is None else list(strength)
     scaled = unit == "quantile" and edit in ("add", "clamp")
-    latents = codes(data, core, split, max_rows) if scaled or concept is not None else None
+    latents = codes(data, core, point, split, max_rows) if scaled or concept is not None else None
     chosen = [chosen_by(concept, data, latents)] if concept is not None else list(latent or [])
     scale = quantiles(latents) if scaled and latents is not None else None
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
@@ -98,12 +97,12 @@ def steer_one(
     shown = {"unsteered": described(source.generate([asked], **settings)[0], names)}
     for amount in [0.0] if edit == "ablate" else strengths:
         edits: Edit = Ablate(chosen) if edit == "ablate" else EDITS[edit](chosen, amount)
-        with steer(source, core, core.spec.input, edits, condition, scale=scale):
+        with steer(source, core, point, edits, condition, scale=scale):
             answer = described(source.generate([asked], **settings)[0], names)
         shown[edit if edit == "ablate" else f"{edit} {amount:g}"] = answer
-    told = f"latent {', '.join(map(str, chosen))} of {core.spec.input}"
+    told = f"latent {', '.join(map(str, chosen))} of {point}"
     if scale is not None:
-        told += f"; 1 is {', '.join(f'{float(scale[i]):.3g}' for i in chosen)}, the {UNITS}"
+        told += f"; 1 is {', '.join(f'{float(scale[i]):.3g}' for i in chosen)}, {UNITS}"
     show(shown, asked, told)
 
 
@@ -133,15 +132,9 @@ def inputs(
     return found
 
 
-def codes(data: Any, core: SAECore, split: Any, max_rows: int) -> LatentStore:
+def codes(data: Any, core: SAECore, hook_point: str, split: Any, max_rows: int) -> LatentStore:
     """Codes of a split, for units."""
-    batches, n = [], 0
-    for batch in data.rows(split):
-        batches.append(batch)
-        n += rows_of(batch)
-        if n >= max_rows:
-            break
-    return LatentStore.build(core, batches, max_rows, split)
+    return LatentStore.build(core, read_for(core, hook_point, data.rows(split), max_rows), max_rows, split)
 
 
 def chosen_by(concept: str, data: Any, latents: LatentStore | None) -> int:
@@ -188,13 +181,19 @@ def run(args: list[str]) -> None:
         import_module("mmsae.cli.steer_bench").run(args[1:])
         return
     quiet()
-    words = [single(word) for word in args[1:]]
-    auto_cli(steer_one, args=words, as_positional=False, parser_class=Parser)
+    about = str(steer_one.__doc__).partition("\n")[0]
+    named: dict[str, Any] = {"prog": "mmsae steer", "description": about}
+    auto_cli(steer_one, args=listed(args[1:]), as_positional=False, parser_class=Parser, **named)
 
 
-def single(word: str) -> str:
-    """`--latent=12` as the list that it stands for."""
-    name, equals, value = word.partition("=")
-    if name in ("--latent", "--strength") and equals and not value.startswith("["):
-        return f"{name}=[{value}]"
-    return word
+def listed(words: list[str]) -> list[str]:
+    """`--latent 12` and `--strength=1,2` as the lists that they stand for."""
+    found: list[str] = []
+    rest = iter(words)
+    for word in rest:
+        name, equals, value = word.partition("=")
+        if name in ("--latent", "--strength"):
+            value = value if equals else next(rest, "")
+            word = f"{name}={value}" if value.startswith("[") else f"{name}=[{value}]"
+        found.append(word)
+    return found

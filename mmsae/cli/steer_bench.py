@@ -5,16 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jsonargparse import auto_cli
 
 import mmsae.artifact
 from mmsae.cli.base import quiet
+from mmsae.cli.convert import is_ours
 from mmsae.cli.evaluate import show
 from mmsae.cli.messages import Parser
-from mmsae.cli.run import datamodule_of
+from mmsae.cli.run import datamodule_of, dictionary_of, hook_point_of
 from mmsae.cli.where import where_of
 from mmsae.cores.base import SAECore
 from mmsae.errors import MmsaeError, checked, nearest
@@ -22,7 +23,7 @@ from mmsae.steering.bench import SteeringBench, settings_of
 from mmsae.steering.judges import Judge
 from mmsae.steering.ledger import Ledger
 from mmsae.steering.sweep import STRENGTHS
-from mmsae.steering.targets import Contexts, read_layers, unrelated
+from mmsae.steering.targets import Contexts, read_layers, unrelated, writes
 
 
 def bench(
@@ -33,7 +34,7 @@ def bench(
     layers: list[str] | None = None,
     others: list[str] | None = None,
     strengths: list[float] | None = None,
-    edit: Literal["add", "clamp"] = "add",
+    edit: Literal["add", "clamp", "swap"] = "add",
     where: str = "all",
     candidates: int = 3,
     contexts: int = 100,
@@ -55,11 +56,12 @@ def bench(
         run: Folder of a `mmsae fit` run whose data have labels.
         label: What to steer: colour.
         values: To steer towards; default: all.
-        sae: Another dictionary than the run's own: a folder or a hub id.
+        sae: Another dictionary than the run's own: a folder or a hub id, also of SAELens and other libraries.
         layers: Further dictionaries, for the grid of layers and strengths: folders, or all for those of the run.
         others: Labels that should not change; default: those that do not follow from the steered one.
         strengths: In units of the 99th percentile of each latent's activations.
-        edit: Add to the code, or set it.
+        edit: Add to the code, set it, or swap: the codes of the latents of all other values go over to it, so that
+            nothing happens where none of them fires.
         where: Positions, see mmsae steer --help.
         candidates: Latents to choose from, by mean difference; the control has as many.
         contexts: Items to steer.
@@ -90,9 +92,19 @@ def bench(
     for other in others or []:
         if other not in names:
             raise MmsaeError(f"--others: the data have no label {other!r}; nearest: {nearest(other, names)}.")
+    if judge is not None and not writes(data.source):
+        raise MmsaeError(f"a judge rates texts, and {type(data.source).__name__} writes none: leave --judge out.")
+    checked("contexts", contexts, 4)
+    numbers = [names[label].index(value) for value in wanted]
+    plan = SteeringBench(numbers, tuple(strengths or STRENGTHS), edit, position, candidates, seed)
     paths = [sae or run, *_layers(folder, layers or [])]
-    cores = {path: mmsae.artifact.load(path) for path in paths}
-    _distinct(cores)
+    cores: dict[str, SAECore] = {}
+    for path in paths:
+        core = dictionary_of(path)
+        point = hook_point_of(core, data)
+        if point in cores:
+            raise MmsaeError(f"two dictionaries read {point!r}; --layers compares hook points, so give one for each.")
+        cores[point] = core
     numbers = [names[label].index(value) for value in wanted]
     plan = SteeringBench(
         numbers, tuple(strengths or STRENGTHS), edit, position, checked("candidates", candidates, 1), seed
@@ -102,7 +114,7 @@ def bench(
     where_measured = Contexts(data, label, free, contexts, seed, words, samples, max_new_tokens)
     about = {
         **settings_of(plan, where_measured), "where": where, "split": split, "rows": max_rows,
-        "saes": [mmsae.artifact.identity(path) for path in paths],
+        "saes": [mmsae.artifact.identity(path) if is_ours(Path(path)) else path for path in paths],
     }  # fmt: skip
     digest = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()[:12]
     ledger = Ledger(folder / "steering" / f"{label}-{digest}.jsonl")
@@ -121,14 +133,9 @@ def _layers(folder: Path, given: list[str]) -> list[str]:
     return found
 
 
-def _distinct(cores: dict[str, SAECore]) -> None:
-    streams = [core.spec.input for core in cores.values()]
-    for stream in streams:
-        if streams.count(stream) > 1:
-            raise MmsaeError(f"two dictionaries read {stream!r}; --layers compares hook points, so give one for each.")
-
-
 def run(args: list[str]) -> None:
     """Parse and run."""
     quiet()
-    auto_cli(bench, args=args[1:], as_positional=False, parser_class=Parser, prog="mmsae steer bench")
+    about = " ".join(str(bench.__doc__).partition("    Args:")[0].split())
+    named: dict[str, Any] = {"prog": "mmsae steer bench", "description": about}
+    auto_cli(bench, args=args[1:], as_positional=False, parser_class=Parser, **named)

@@ -192,6 +192,12 @@ class SAECore(nn.Module, ABC):
         """What is reconstructed: `target` for transcoders, else the input; several streams side by side."""
         return self.joined({stream: batch[ACTS][stream] for stream in self.outputs})
 
+    def check(self, data: ActivationSpec) -> None:
+        """Raise unless data have the streams that are read."""
+        for stream, width in self.spec.streams.items():
+            if stream != TARGET:
+                data.require(stream, width)
+
     @property
     def outputs(self) -> list[str]:
         """Streams that are reconstructed."""

@@ -79,13 +79,13 @@ class Temporal(TopK):
         self.hidden = checked("hidden", hidden, 1)
         self.default_timestep = default_timestep
         width = self.spec.d_in
+        self._seen: tuple[Tensor, Tensor] | None = None  # rows of a step, until the statistics follow them
         self.network: nn.Sequential | None = None
         if modulation == "learned":
             last = nn.Linear(hidden, 2 * width)
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
             self.network = nn.Sequential(nn.Linear(2 * FREQUENCIES, hidden), nn.SiLU(), last)
-        self._latest: tuple[Tensor, Tensor] | None = None  # rows and timesteps of the running step
         buckets = n_buckets if modulation == "statistics" else 1
         self.register_buffer("bucket_mean", torch.zeros(buckets, width))
         self.register_buffer("bucket_square", torch.ones(buckets, width))
@@ -165,20 +165,12 @@ class Temporal(TopK):
         x = self._normalised(self.inputs(batch))
         timestep = self._timesteps(x, batch)
         if self.training and self.modulation == "statistics":
-            self._latest = x.detach(), timestep
+            self._seen = x.detach(), timestep
         plain = self._plain(x, timestep)
         codes = replace(super().encode(plain), extra={TIMESTEP: timestep})
         terms, reconstruction = self.reconstruct(self.target(batch), codes)
         terms |= self.auxiliary(plain, plain, super().decode(codes))
         return Losses(terms, codes, reconstruction)
-
-    @torch.no_grad()
-    def after_step(self, step: int, codes: Codes) -> None:
-        """Unit rows; the statistics follow the rows of this step."""
-        super().after_step(step, codes)
-        if self._latest is not None:
-            self._follow(*self._latest)
-            self._latest = None
 
     @torch.no_grad()
     def start(self, batch: Batch) -> None:
@@ -192,6 +184,14 @@ class Temporal(TopK):
         super().start({**batch, "acts": {self.spec.input: plain}})
         target = self.target(batch).float()[:32768]
         self.variance.copy_((target - target.mean(0)).pow(2).sum(-1).mean().clamp_min(1e-12))
+
+    @torch.no_grad()
+    def after_step(self, step: int, codes: Codes) -> None:
+        """As TopK; then the statistics follow the rows of the step."""
+        super().after_step(step, codes)
+        if self._seen is not None:
+            self._follow(*self._seen)
+            self._seen = None
 
     @torch.no_grad()
     def _follow(self, x: Tensor, timestep: Tensor, decay: float = 0.99) -> None:

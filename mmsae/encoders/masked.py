@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from mmsae.encoders.ecg_jepa import spread
 from mmsae.encoders.signal_transformer import SignalTransformer
 from mmsae.errors import MmsaeError, checked
 
@@ -14,16 +15,28 @@ class MaskedReconstruction(nn.Module):
 
     Every channel is masked by itself, in runs of a few windows; the loss is the root mean squared error over what was
     masked, the mean over channels. The paper's code divides by all samples, so that its loss grows with the share that
-    is masked; here by the masked ones.
+    is masked; here by the masked ones. Nothing is asked of tokens of windows that are seen, and levels are easier to
+    fill in than waves, so tokens end in a few directions; `variance` and `covariance` are the terms of VICReg (arXiv
+    2105.04906) over all tokens, which hold them apart.
 
     Args:
         encoder: With one token for each channel and window (`tokens="channels"`).
         share: Of the windows of a channel that are masked, on average.
         run: Mean length of a masked run, windows.
+        variance: Weight of what every number of the tokens lacks to a standard deviation of 1.
+        covariance: Weight of the mean squared covariance of one number with the others.
     """
 
-    def __init__(self, encoder: SignalTransformer, share: float = 0.15, run: float = 3.0) -> None:
+    def __init__(
+        self,
+        encoder: SignalTransformer,
+        share: float = 0.15,
+        run: float = 3.0,
+        variance: float = 0.0,
+        covariance: float = 0.0,
+    ) -> None:
         super().__init__()
+        self.variance, self.covariance = checked("variance", variance, 0), checked("covariance", covariance, 0)
         if encoder.tokens != "channels":
             raise MmsaeError(
                 "MaskedReconstruction masks channels one by one: build the encoder with tokens='channels'."
@@ -35,19 +48,28 @@ class MaskedReconstruction(nn.Module):
 
     def forward(self, x: Tensor, g: torch.Generator) -> Tensor:
         """The loss of standardised signals `[B, C, T]`, its masks drawn from `g` on the CPU."""
+        loss, tokens = self.error(x, g)
+        if self.variance or self.covariance:
+            lack, shared = spread(tokens.flatten(0, 1))
+            loss = loss + self.variance * lack + self.covariance * shared
+        return loss
+
+    def error(self, x: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
+        """The error of what was masked alone, and the tokens `[B, C * N, dim]`."""
         B, C, T = x.shape
         patch = self.encoder.patch
         N = T // patch
         masked = markov_masks((B, C), N, self.share, self.run, g).to(x.device)
         truth = x[..., : N * patch].unflatten(2, (N, patch))
-        found = self.reconstructed(truth.masked_fill(masked[..., None], 0.0).flatten(2))
+        tokens = self.tokens(truth.masked_fill(masked[..., None], 0.0).flatten(2))
+        found = self.head(tokens).unflatten(1, (C, N))
         missed = ((found - truth).square() * masked[..., None]).sum((0, 2, 3))
-        return (missed / (masked.sum((0, 2)).clamp(min=1) * patch)).sqrt().mean()
+        squared = missed / (masked.sum((0, 2)).clamp(min=1) * patch)
+        return squared.clamp(min=1e-12).sqrt().mean(), tokens  # a channel may have no mask, and a root no slope at 0
 
-    def reconstructed(self, x: Tensor) -> Tensor:
-        """What the tokens say of their own windows: `[B, C, T]` to `[B, C, N, patch]`."""
-        tokens = self.encoder(x)[:, self.encoder.n_registers :]
-        return self.head(tokens).unflatten(1, (x.shape[1], -1))
+    def tokens(self, x: Tensor) -> Tensor:
+        """Those of the encoder without registers, `[B, C, T]` to `[B, C * N, dim]`."""
+        return self.encoder(x)[:, self.encoder.n_registers :]
 
 
 def markov_masks(shape: tuple[int, int], N: int, share: float, run: float, g: torch.Generator) -> Tensor:

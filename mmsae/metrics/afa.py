@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mmsae.codes import Codes
+from mmsae.cores import SAECore, SharedDictionary
 from mmsae.errors import MmsaeError
 from mmsae.spec import TARGET, Batch
-
-if TYPE_CHECKING:  # the core of the same name uses this file
-    from mmsae.cores.base import SAECore
 
 CHUNK = 1024  # latents looked at at a time
 
@@ -63,13 +61,18 @@ def decoder_norms(core: SAECore) -> dict[str, DecoderNorms]:
         raise MmsaeError(why)
     device = core.rows_seen.device
     silent = Codes(torch.zeros(1, 1, device=device), torch.zeros(1, 1, dtype=torch.int64, device=device), core.d_latent)
+    if isinstance(core, SharedDictionary):
+        return {
+            stream: DecoderNorms(rows.norm(dim=-1), core.decode_stream(stream, silent).norm())
+            for stream, rows in core.dictionaries.items()
+        }
     bias = core.by_stream(core.decode(silent))
-    rows: dict[str, list[Tensor]] = {stream: [] for stream in bias}
+    parts: dict[str, list[Tensor]] = {stream: [] for stream in bias}
     for latents in torch.arange(core.d_latent, device=device).split(CHUNK):
         alone = Codes(torch.ones(len(latents), 1, device=device), latents[:, None], core.d_latent)
         for stream, written in core.by_stream(core.decode(alone)).items():
-            rows[stream].append((written - bias[stream]).norm(dim=-1))
-    return {stream: DecoderNorms(torch.cat(rows[stream]), bias[stream].norm()) for stream in bias}
+            parts[stream].append((written - bias[stream]).norm(dim=-1))
+    return {stream: DecoderNorms(torch.cat(parts[stream]), bias[stream].norm()) for stream in bias}
 
 
 @torch.no_grad()
@@ -93,11 +96,12 @@ def afa(
     norms = norms or decoder_norms(core)
     codes = core.encode(x, batch)
     found = {}
-    for stream, reconstruction in core.by_stream(core.decode(codes)).items():
+    for number, (stream, reconstruction) in enumerate(core.by_stream(core.decode(codes)).items()):
         rows, bias = norms[stream]
+        own_codes = codes[number] if isinstance(core, SharedDictionary) else codes
         own = x[stream] if isinstance(x, dict) else x
-        weights = rows if codes.indices is None else rows[codes.indices]
-        estimate = ((codes.values * weights).pow(2).sum(-1) + bias.pow(2)).sqrt()
+        weights = rows if own_codes.indices is None else rows[own_codes.indices]
+        estimate = ((own_codes.values * weights).pow(2).sum(-1) + bias.pow(2)).sqrt()
         norm = own.norm(dim=-1)
         gap = (norm.pow(2) - estimate.pow(2)).abs()
         others = max(int((rows > 0).sum()) - 1, 1)  # places that ITDA did not need are no vectors

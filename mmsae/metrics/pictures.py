@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,7 @@ def _lpips_network(net: Net) -> Any:
     try:
         from torchmetrics.functional.image.lpips import _LPIPS
 
-        return _LPIPS(pretrained=True, net=net, eval_mode=True).eval()
+        return _LPIPS(pretrained=True, net=cast(Any, net), eval_mode=True).eval()
     except Exception as error:
         raise MmsaeError(
             f"LPIPS needs the weights of torchvision's {net}, which are not in torch's cache and cannot be fetched "

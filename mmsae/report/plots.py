@@ -85,7 +85,7 @@ def _finite(line: dict[str, Any], plot: Plot) -> dict[str, Any] | None:
 
     def drawable(value: Any, axis: str) -> bool:
         number = isinstance(value, (int, float)) and math.isfinite(value)
-        return number and (value > 0 or axis not in plot.log)
+        return number and (value > 0 or not axis or axis not in plot.log)
 
     label, xs, ys = str(line.get("label", "")), list(line.get("x", [])), list(line.get("y", []))
     if plot.kind == "heat":

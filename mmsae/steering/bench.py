@@ -14,16 +14,17 @@ from mmsae.errors import MmsaeError, checked
 from mmsae.results import Result
 from mmsae.steering.context import Context
 from mmsae.steering.dose import DoseResponse
-from mmsae.steering.edits import Add, Clamp, Edit
+from mmsae.steering.edits import Add, Clamp, Edit, Swap
 from mmsae.steering.experiment import SELECTED, Experiment, experiment, halves
 from mmsae.steering.fragility import Confounded, confounded, confusion
 from mmsae.steering.judges import Judge, axbench
 from mmsae.steering.ledger import Ledger
 from mmsae.steering.sweep import STRENGTHS, Site, sweep
-from mmsae.steering.targets import Contexts, Layer
+from mmsae.steering.targets import Contexts, Layer, writes
 from mmsae.steering.word_readouts import ContinuationReadout
 
 EDITS: dict[str, Callable[[int, float], Edit]] = {"add": Add, "clamp": Clamp}
+SWAP = "swap"
 SPREAD_ROWS = 2000
 
 
@@ -57,7 +58,7 @@ class SteeringBench:
     Attributes:
         values: Numbers of the values of the label.
         strengths: In units of the 99th percentile of each latent's codes.
-        edit: "add" or "clamp".
+        edit: "add", "clamp", or "swap": the codes of the latents of all other values go over to the one that steers.
         where: Weight of every position.
         candidates: Latents tried for each value; the control has as many tries.
         seed: Of halves, controls and resamples.
@@ -72,6 +73,14 @@ class SteeringBench:
     seed: int = 0
     n_boot: int = 1000
 
+    def __post_init__(self) -> None:
+        if self.edit not in (*EDITS, SWAP):
+            raise MmsaeError(f"edit={self.edit!r} is unknown; choose {', '.join(EDITS)} or {SWAP}.")
+        if len({checked("strength", float(a), 0) for a in self.strengths} - {0.0}) < 2:
+            raise MmsaeError(f"strengths={list(self.strengths)}: a bench compares at least two strengths above 0.")
+        checked("candidates", self.candidates, 1)
+        checked("n_boot", self.n_boot, 1)
+
     def run(
         self, layers: Sequence[Layer], contexts: Contexts, ledger: Ledger | None = None, judge: Judge | None = None
     ) -> Result:
@@ -85,9 +94,8 @@ class SteeringBench:
         """
         from mmsae.steering.bench_result import result_of
 
-        if self.edit not in EDITS:
-            raise MmsaeError(f"edit={self.edit!r} is unknown; choose {' or '.join(EDITS)}.")
-        checked("candidates", self.candidates, 1)
+        if judge is not None and not writes(contexts.data.source):
+            raise MmsaeError("a judge rates texts, and the model writes none: leave judge out.")
         ledger = Ledger() if ledger is None else ledger
         found = Found([contexts.names[contexts.label][v] for v in self.values], contexts.names[contexts.label])
         n_strengths = len({0.0, *map(float, self.strengths)})
@@ -102,6 +110,14 @@ class SteeringBench:
             self._judged(layers[0], contexts, found, judge)
         return result_of(found, self, contexts, layers)
 
+    def _edit(self, layer: Layer, contexts: Contexts, value: int) -> Callable[[int, float], Edit]:
+        if self.edit != SWAP:
+            return EDITS[self.edit]
+        others = [v for v in range(len(contexts.names[contexts.label])) if v != value]
+        chosen = [layer.choose(contexts.label, v, self.candidates, self.seed)[0].ids.tolist() for v in others]
+        sources = {i for ids in chosen for i in ids}
+        return lambda i, strength: Swap(i, sorted(sources - {i}), strength)
+
     def _site(self, layer: Layer, model: Any) -> Site:
         return Site(model, layer.core, layer.name, self.where, layer.scale)
 
@@ -112,7 +128,7 @@ class SteeringBench:
         name = contexts.names[contexts.label][value]
         site = self._site(layer, contexts.data.source)
         selection, control = layer.choose(contexts.label, value, self.candidates, self.seed)
-        make = EDITS[self.edit]
+        make = self._edit(layer, contexts, value)
         rows = layer.x[:SPREAD_ROWS]
         if layer is main:
             one = experiment(
@@ -151,8 +167,7 @@ class SteeringBench:
         site = self._site(layer, contexts.data.source)
         for value, one in zip(self.values, found.experiments, strict=True):
             readout = contexts.readout(value)
-            if not isinstance(readout, ContinuationReadout):
-                raise MmsaeError("a judge rates texts, and the model writes none: leave judge out.")
+            assert isinstance(readout, ContinuationReadout)
             told = ", ".join(contexts.telling(contexts.label, value))
             for name, arm in one.arms.items():
                 edits = arm.make(arm.strength) if arm.strength else None

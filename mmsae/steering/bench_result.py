@@ -116,27 +116,22 @@ def _arms(arms: list[str], scores: dict[str, Interval], means: dict[str, Any], g
         ]
         for arm in arms
     ]
-    rows.append(["latent less random latent", None, None, None, None, gap.mean, _range(gap)])
-    headings = ["", "success ↑", "effect ↑", "damage (nats) ↓", "collateral ↓", "score ↑", "95 %"]
+    rows.append(["difference", None, None, None, None, gap.mean, _range(gap)])
+    headings = ["", "success ↑", "effect ↑", "damage ↓", "changed ↓", "score ↑", "95 %"]
     return Table("Steering at the best strength, mean over values, in contexts held out", headings, rows)
 
 
 def _values(found: Found, label: str) -> Table:
     rows: list[list[Any]] = []
     for name, one in zip(found.names, found.experiments, strict=True):
-        arm = one.arms[SELECTED]
-        curve, held = arm.curve, one.held_out
-        window = curve.window(chosen=held)
+        arm, held = one.arms[SELECTED], one.held_out
         rows.append([
-            name, str(arm.chosen), arm.strength, float(curve.success[0, held].mean()),
-            *(_none(one.mean(SELECTED, w).mean) for w in ("success", "damage", "changed")), curve.spread[arm.best],
-            one.score(SELECTED).mean, one.score(CONTROL).mean,
-            _range(one.difference),
-            f"{'' if window.closed else '≥ '}{window.octaves:.1f}",
+            name, str(arm.chosen), arm.strength, float(arm.curve.success[0, held].mean()),
+            *(_none(one.mean(SELECTED, w).mean) for w in ("success", "damage", "changed")),
+            one.score(SELECTED).mean, _range(one.difference),
         ])  # fmt: skip
     headings = [
-        label, "latent", "strength", "unsteered", "success ↑", "damage ↓", "collateral ↓", "spread ↓", "score ↑",
-        "random latent", "difference, 95 %", "window (octaves)",
+        label, "latent", "at", "before", "success ↑", "damage ↓", "changed ↓", "score ↑", "over control",
     ]  # fmt: skip
     return Table("Success against collateral change, value by value", headings, rows)
 
@@ -145,13 +140,17 @@ def _fragility(found: Found, label: str) -> Table:
     rows: list[list[Any]] = []
     for i, (name, one, near) in enumerate(zip(found.names, found.experiments, found.confounders, strict=True)):
         arm = one.arms[SELECTED]
+        window = arm.curve.window(chosen=one.held_out)
         diagonal = None if found.matrix is None else float(found.matrix[i, i])
         misses = ", ".join(found.all_names[m] for m in near.misses)
-        rows.append([name, _none(arm.curve.variation(arm.best)), near.auroc, near.near, misses, diagonal])
-    headings = [label, "variation of effect ↓", "AUROC, all ↑", "AUROC, near miss ↑", "near miss", "own share ↑"]
-    chance = "" if found.matrix is None else f" (own share by chance {1 / len(found.names):.2f})"
+        rows.append([
+            name, f"{'' if window.closed else '≥ '}{window.octaves:.1f}", _none(arm.curve.variation(arm.best)),
+            arm.curve.spread[arm.best], near.auroc, near.near, misses, diagonal,
+        ])  # fmt: skip
+    headings = [label, "octaves ↑", "variation ↓", "spread ↓", "AUROC ↑", "near ↑", "near miss", "own share ↑"]
+    chance = "" if found.matrix is None else f", own share by chance {1 / len(found.names):.2f}"
     n = len(found.experiments[0].held_out)
-    return Table(f"Fragility: effect over {n} contexts, near misses, neighbours{chance}", headings, rows)
+    return Table(f"Fragility: usable window, {n} contexts, near misses and neighbours{chance}", headings, rows)
 
 
 def _layers(found: Found) -> Table:

@@ -159,6 +159,29 @@ class Clamp(LatentEdit):
         return torch.where(z != 0, new, z) if self.active else new
 
 
+class Swap(LatentEdit):
+    """Moves the codes of some latents over to another one: it fires where they did, and as strongly for its unit.
+
+    So a picture's red becomes blue where there is red, and nothing else gets blue, which `Add` would do everywhere.
+
+    Args:
+        target: The latent that gains.
+        sources: Those that become 0, such as the latents of all other colours.
+        factor: How much of their codes, in units of each one's `scale` if the intervention has one, the target gets.
+    """
+
+    def __init__(self, target: int, sources: Latents, factor: float = 1.0) -> None:
+        super().__init__(torch.cat([torch.tensor([int(target)]), torch.as_tensor(sources).reshape(-1).long()]))
+        self.factor = float(factor)
+
+    def change(self, z: Tensor, unit: Tensor, rows: Rows) -> Tensor:
+        """`z_target + factor * unit_target * sum(z_source / unit_source)`, and 0 for the sources."""
+        gained = (z[:, 1:] / unit[1:]).sum(1) * unit[0]
+        new = torch.zeros_like(z) if self.factor else z.clone()
+        new[:, 0] = z[:, 0] + self.factor * gained
+        return new
+
+
 class Attenuate(LatentEdit):
     """APP: takes away the share of a code that is likely to speak of a concept, `z * (1 - p(concept | z))`.
 

@@ -19,7 +19,7 @@ from mmsae.steering.directions import random_direction
 from mmsae.steering.drawing import Item, draw, over
 from mmsae.steering.edits import Add, AddVector, Edit
 from mmsae.steering.intervene import Intervention
-from mmsae.steering.judge import Judge
+from mmsae.steering.picture_judge import PictureJudge
 from mmsae.steering.select import mean_difference
 
 
@@ -125,7 +125,7 @@ def candidates_for(latents: LatentStore, positive: np.ndarray, scale: Tensor, n:
 
 
 def describe(
-    effect: Effect, judge: Judge, words: Sequence[str], neutral: str, template: str = "{}", n: int = 3
+    effect: Effect, judge: PictureJudge, words: Sequence[str], neutral: str, template: str = "{}", n: int = 3
 ) -> Effect:
     """The effect with the words nearest to its direction in the space of the judge.
 
@@ -168,7 +168,7 @@ class Discovery:
 
 def discover(
     stage: Stage,
-    judge: Judge,
+    judge: PictureJudge,
     candidates: Sequence[int],
     words: Sequence[str],
     neutral: str,
@@ -224,7 +224,7 @@ def discover(
 
 def by_effect(
     stage: Stage,
-    judge: Judge,
+    judge: PictureJudge,
     candidates: Sequence[int],
     text: str,
     neutral: str,

@@ -144,7 +144,7 @@ class Probe:
 
         self.source, self.batch_size = source, checked("batch_size", batch_size, 1)
         x = torch.cat([self._read(list(items[i : i + batch_size])) for i in range(0, len(items), batch_size)])
-        self.mean, self.spread = x.mean(0), x.std(0).clamp_min(1e-6)
+        self.mean, self.spread = x.mean(0), x.std(0, correction=0).clamp_min(1e-6)
         self.probes = {}
         for label in labels:
             y = np.array([item.get("labels", {}).get(label, -1) for item in items])
@@ -161,7 +161,7 @@ class Probe:
         found = {}
         for label, probe in self.probes.items():
             full = torch.zeros(len(items), int(probe.classes_.max()) + 1, dtype=torch.float64)
-            full[:, torch.as_tensor(probe.classes_)] = torch.from_numpy(probe.predict_proba(x))
+            full[:, torch.as_tensor(probe.classes_)] = torch.from_numpy(probe.predict_proba(x)).double()
             found[label] = full
         return found
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mmsae.errors import MmsaeError
 from mmsae.results import Picture
-from mmsae.steering.judge import to_pil
+from mmsae.steering.picture_judge import to_pil
 
 INK, PAPER, SOFT = (28, 30, 33), (255, 255, 255), (95, 101, 110)
 

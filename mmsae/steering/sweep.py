@@ -83,10 +83,10 @@ def sweep(
         tick: Called after each strength, for a progress bar.
 
     Raises:
-        MmsaeError: A strength is negative, or given twice.
+        MmsaeError: A strength is negative, or there is none above 0.
     """
     grid = sorted({0.0, *(checked("strength", float(a), 0) for a in strengths)})
-    if len(grid) < len(set(strengths)) or len(grid) < 2:
+    if len(grid) < 2:
         raise MmsaeError(f"strengths={list(strengths)} need at least one above 0.")
     ledger = Ledger() if ledger is None else ledger
     moments = None if rows is None or site.dictionary is None else _moments(site.dictionary, rows)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -17,7 +17,8 @@ from tqdm.auto import tqdm
 from mmsae.cores.base import SAECore
 from mmsae.errors import MmsaeError, nearest
 from mmsae.latents import LatentStore
-from mmsae.spec import Batch, rows_of
+from mmsae.sources import CausalLM, VisionLanguage
+from mmsae.spec import ACTS, Batch, rows_of
 from mmsae.steering.directions import difference_in_means, probe_direction
 from mmsae.steering.edits import AddVector
 from mmsae.steering.readouts import PosteriorReadout, Probe, Readout, deciding
@@ -35,12 +36,13 @@ class Layer:
     """A dictionary and the activations of its hook point.
 
     Attributes:
-        name: Of the dictionary's stream.
+        name: Its hook point.
         core: The dictionary.
         latents: Codes of the split that latents are chosen on.
         held_out: Codes of another split.
         x: Some activations of the first split `[n, d]`, and where each comes from among its rows.
         at: Rows of `x` in `latents`, int64 `[n]`.
+        choices: Made already.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Layer:
     held_out: LatentStore
     x: Tensor
     at: np.ndarray
+    choices: dict[Any, tuple[Selection, Tensor]] = field(default_factory=dict)
 
     @cached_property
     def scale(self) -> Tensor:
@@ -63,12 +66,16 @@ class Layer:
 
     def choose(self, label: str, value: int, n: int, seed: int) -> tuple[Selection, Tensor]:
         """Latents that tell a value from the others, and as many that fire about as often."""
+        key = (label, value, n, seed)
+        if key in self.choices:
+            return self.choices[key]
         positive = self.latents.labels()[label] == value
         selection = mean_difference(self.latents, positive, n=n)
         live = self.scale[selection.ids] > 0
         if not live.all():
             raise MmsaeError(f"only {int(live.sum())} latents of {self.name} fire in the data, fewer than {n}.")
-        return selection, matched_random(self.latents, selection.ids, self.rows, 1, seed)[:, 0]
+        self.choices[key] = selection, matched_random(self.latents, selection.ids, self.rows, 1, seed)[:, 0]
+        return self.choices[key]
 
     def directions(self, label: str, value: int, like: Selection) -> dict[str, Make]:
         """Difference of means and probe; a strength of 1 moves as far as one of the chosen latents, on average."""
@@ -89,21 +96,25 @@ def read_layers(data: Any, cores: Mapping[str, SAECore], split: str, max_rows: i
 
     Args:
         data: Datamodule whose source reads all their hook points.
-        cores: By a name to show.
+        cores: By their hook points.
         split: To choose latents on.
         max_rows: Activation rows of each split.
     """
-    for core in cores.values():
-        data.spec.require(core.spec.input, core.spec.d_in)
     chosen, other = (_gathered(data, name, max_rows) for name in (split, "test"))
     n = sum(map(rows_of, chosen))
     at = np.sort(np.random.default_rng(0).permutation(n)[:DIRECTION_ROWS])
     layers = []
-    for core in cores.values():
-        x = torch.cat([core.inputs(batch).float() for batch in chosen])[torch.as_tensor(at)]
-        stores = [LatentStore.build(core, part, max_rows, name) for part, name in ((chosen, split), (other, "test"))]
-        layers.append(Layer(core.spec.input, core, stores[0], stores[1], x, at))
+    for point, core in cores.items():
+        parts = [[_named(batch, point, core) for batch in part] for part in (chosen, other)]
+        x = torch.cat([core.inputs(batch).float() for batch in parts[0]])[torch.as_tensor(at)]
+        stores = [LatentStore.build(core, part, max_rows, n) for part, n in zip(parts, (split, "test"), strict=True)]
+        layers.append(Layer(point, core, stores[0], stores[1], x, at))
     return layers
+
+
+def _named(batch: Batch, hook_point: str, core: SAECore) -> Batch:
+    """The stream of a hook point under the name that a dictionary, perhaps of another library, has for it."""
+    return {**batch, ACTS: {**batch[ACTS], core.spec.input: batch[ACTS][hook_point]}}
 
 
 def _gathered(data: Any, split: str, max_rows: int) -> list[Batch]:
@@ -165,9 +176,9 @@ class Contexts:
     def readout(self, value: int) -> Readout:
         """For a value of the label."""
         source = self.data.source
-        if hasattr(source, "chat_template") and not hasattr(source, "image_id"):
+        if writes(source):
             return self._continuation(value)
-        if hasattr(source, "image_id"):
+        if isinstance(source, VisionLanguage):
             return self._answer(value)
         items = self._items(value)
         others = [name for name in self.others if name in self.decider[1]]
@@ -241,6 +252,11 @@ class Contexts:
         question, answers = questions[self.label]
         others = [questions[name][0] for name in self.others if name in questions]
         return AnswerReadout(self.data.source, self._items(value), question, answers[value], others)
+
+
+def writes(source: Any) -> bool:
+    """Whether a model goes on with texts, which a judge can rate."""
+    return isinstance(source, CausalLM)
 
 
 def opening(text: str) -> str:

@@ -58,7 +58,18 @@ def encode_shard(rows: Batch, covariance: bool) -> tuple[bytes, list[str]]:
         if not torch.isfinite(found["norms"]).all():
             broken.append(stream)
         tensors |= {f"{MOMENTS}{stream}.{name}": value for name, value in found.items()}
-    return save(tensors), broken
+    return save(_apart(tensors)), broken
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors that share memory as copies, which safetensors asks for: two columns may be one tensor."""
+    seen: set[int] = set()
+    found = {}
+    for name, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        found[name] = tensor.clone() if place in seen else tensor
+        seen.add(place)
+    return found
 
 
 def moments(x: Tensor, products: bool) -> dict[str, Tensor]:

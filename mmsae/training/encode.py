@@ -45,7 +45,7 @@ class EncodeModule(StoreWritingModule[CodeWriter]):
         super().__init__(out, splits)
         self.core, self.dictionary = mmsae.artifact.load(sae), mmsae.artifact.identity(sae)
         self.data, self.stored_dtype, self.rows_per_shard = data, dtype, rows_per_shard
-        data.spec.require(self.core.spec.input, self.core.spec.d_in)
+        self.core.check(data.spec)
 
     def writer(self, split: Split) -> CodeWriter:
         """For one split and this rank."""

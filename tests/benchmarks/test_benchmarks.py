@@ -91,6 +91,40 @@ def test_a_peer_takes_part(run, name, tmp_path):
         assert contenders(raw) == ["mmsae", name]
 
 
+def test_reading_is_compared_with_the_bare_forward_pass(run, tmp_path):
+    pytest.importorskip("timm")
+    pytest.importorskip("transformers")
+    raw = tmp_path / "raw.json"
+    names = ["CausalLM", "Timm", "Signal", "Custom"]
+    shown = run(
+        *("extract", "--toy", "--sources", ",".join(names), "--rounds", "1", "--batch", "2", "--batches", "2"),
+        *("--json", str(raw)),
+    )
+    assert all(f"{name}: read " in shown for name in names)
+    records = {record["source"]: record for record in json.loads(raw.read_text())["records"]}
+    assert list(records) == names
+    ways = {"to depth", "in full", "read", "collate", "extract"}
+    for record in records.values():
+        assert set(record["seconds"]) == ways
+        assert all(len(found) == 1 and found[0] > 0 for found in record["seconds"].values())
+    assert records["Timm"]["rows"] == 4 * 197  # a class token and 14 x 14 patches
+
+
+@pytest.mark.slow
+def test_every_class_of_source_is_read(run, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from specimens import SPECIMENS
+
+    for name in SPECIMENS:
+        shown = run("extract", "--toy", "--sources", name, "--rounds", "1", "--batch", "2", "--batches", "1")
+        assert f"{name}: read " in shown
+
+
+def test_an_unknown_source_is_answered_with_the_known_ones(run):
+    with pytest.raises(SystemExit, match="no source 'Tim'; known: CausalLM, TextEncoder"):
+        run("extract", "--sources", "Tim")
+
+
 def test_several_dictionaries_in_one_pass_are_compared_with_the_sum(run):
     shown = run("together", "--ks", "2,4", "--d-latent", "64", "--batch", "64", "--steps", "1", "--rounds", "1")
     assert "2 dictionaries in one pass cost" in shown

@@ -132,13 +132,19 @@ def test_also_equals_each_alone(fit):
 
 @pytest.mark.parametrize("name", sorted(n for n, c in subclasses(SAECore).items() if c.__module__.startswith("mmsae.")))
 def test_every_core_trains(fit, name, capsys):
-    width = 128 if name in ("MultiTopK", "PolySAE") else 32  # room for the default k
+    width = 128 if name in ("MultiTopK", "PolySAE", "SAEV") else 32  # room for the default k
     core = [f"--model.core={name}", f"--model.core.d_latent={width}"]
     if name == "PolySAE":
         core += ["--model.core.rank2=8", "--model.core.rank3=8"]  # at most the width
     asks = {
         "SkipTranscoder": "SkipTranscoder needs a stream 'target'",  # the store has no second stream
         "JumpReLUSkipTranscoder": "JumpReLUSkipTranscoder needs a stream 'target'",
+        **{
+            core: f"{core} reads two or more streams, but the data have only 'x'"
+            for core in ("GroupSparse", "VLSAE", "AlignmentAutoencoder")
+        },
+        "SAEV": "SAEV tells text from image tokens by a column 'token_type'",
+        "Temporal": "Temporal needs the timestep of every row",
         "GradientTopK": "GradientTopK reads gradients of the model's loss: set data.gradients=true",
     }
     if name in asks:

@@ -7,7 +7,7 @@ from mmsae.cores import VLSAE, AlignmentAutoencoder, GroupSparse
 from mmsae.cores.base import Affine
 from mmsae.errors import MmsaeError
 from mmsae.latents import LatentStore
-from mmsae.spec import ACTS, MODALITIES
+from mmsae.spec import ACTS, MODALITIES, ActivationSpec
 
 SPEC, M, D = {"image": 6, "text": 6, "audio": 6}, 20, 6
 MAKERS = {
@@ -91,6 +91,13 @@ def test_streams_of_different_scales_fold(make):
     core.fold(affine)
     assert_close(core.encode(x).dense(), codes.dense())
     assert_close(core.decode(core.encode(x)), want)
+
+
+def test_data_that_lack_a_stream_are_refused(core):
+    core.check(core.spec)
+    without = {stream: width for stream, width in core.spec.streams.items() if stream != "text"}
+    with pytest.raises(MmsaeError, match="the dictionary reads 'text'"):
+        core.check(ActivationSpec(without))
 
 
 def test_what_cannot_be_shared_is_refused():

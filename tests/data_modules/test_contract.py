@@ -27,6 +27,7 @@ from datamodules import (
     Scenes,
     ScienceImages,
     SignalArrays,
+    SimulatedE4Sessions,
     SimulatedECGs,
     Sounds,
     Stored,
@@ -158,6 +159,9 @@ CASES = {
     "Conversations": lambda tmp, **a: Conversations(conversations(tmp), source=image_source(8), **a),
     "SceneQuestions": lambda tmp, **a: SceneQuestions(n_train=12, n_val=5, n_test=5, source=image_source(64), **a),
     "Stories": lambda tmp, **a: Stories(n_train=12, n_val=5, n_test=5, source=text_source(), **a),
+    "SimulatedE4Sessions": lambda tmp, **a: SimulatedE4Sessions(
+        n_train=12, n_val=5, n_test=5, seconds=8, source=recordings.source(6), **a
+    ),
     "SimulatedECGs": lambda tmp, **a: SimulatedECGs(n_train=12, n_val=5, n_test=5, source=recordings.source(12), **a),
     "WFDBRecords": lambda tmp, **a: WFDBRecords(
         str(recordings.write_wfdb(tmp, n=5)), source=recordings.source(12), window_s=2, labels=["Sex"], **a

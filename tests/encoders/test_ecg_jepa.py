@@ -6,7 +6,7 @@ import torch
 from torch.testing import assert_close
 
 from mmsae.encoders import ECGJEPA, JEPA, SignalTransformer, built, masked_blocks, read_encoder, write_encoder
-from mmsae.encoders.ecg_jepa import kept_count
+from mmsae.encoders.ecg_jepa import kept_count, spread
 from mmsae.errors import MmsaeError
 
 TINY = {"n_channels": 3, "patch": 5, "dim": 16, "depth": 2, "heads": 2}
@@ -97,6 +97,27 @@ def test_the_loss_falls_and_the_target_only_follows():
     jepa.follow(0.75)
     for old, new, leader in zip(target, jepa.target.parameters(), jepa.context.parameters(), strict=True):
         assert_close(new, 0.75 * old + 0.25 * leader)
+
+
+def test_variance_and_covariance_hold_tokens_apart():
+    """Of tokens that lie in one direction both terms are large, of white ones none; without them nothing changes."""
+    g = generator()
+    white = torch.randn(4000, 8, generator=g)
+    lack, shared = spread(white)
+    assert lack < 0.02
+    assert shared < 0.01
+    lack, shared = spread(white[:, :1].expand(-1, 8))
+    assert shared == pytest.approx(7, rel=0.1)  # seven others, each of covariance 1
+    assert spread(0.1 * white)[0] == pytest.approx(0.9, abs=0.01)
+    torch.manual_seed(0)
+    encoder, x = ECGJEPA(**TINY), signals(8)
+    torch.manual_seed(1)
+    plain = JEPA(encoder, 8, 1, 2, min_block=3)(x, generator())
+    torch.manual_seed(1)
+    held = JEPA(encoder, 8, 1, 2, min_block=3, variance=0.5, covariance=0.1)(x, generator())
+    assert held > plain
+    with pytest.raises(MmsaeError, match="variance=-1 is out of range"):
+        JEPA(encoder, 8, 1, 2, variance=-1)
 
 
 def test_a_folder_gives_the_same_encoder_back(tmp_path):

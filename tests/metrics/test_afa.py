@@ -3,7 +3,7 @@ import torch
 from synthetic import low_coherence
 from torch.testing import assert_close
 
-from mmsae.cores import ITDA, AbsTopK, Crosscoder, PolySAE, ReLU, TopK
+from mmsae.cores import ITDA, VLSAE, AbsTopK, Crosscoder, PolySAE, ReLU, TopK
 from mmsae.errors import MmsaeError
 from mmsae.metrics.afa import afa, coherence, decoder_norms
 from mmsae.spec import TARGET
@@ -112,3 +112,16 @@ def test_transcoders_are_refused():
 def test_decoders_with_products_are_refused():
     with pytest.raises(MmsaeError, match="PolySAE also act in products"):
         afa(PolySAE(10, 20, k=2, rank2=4, rank3=2), X)
+
+
+def test_a_code_for_each_stream_is_compared_with_that_stream():
+    torch.manual_seed(0)
+    core = VLSAE({"image": 6, "text": 6}, 20, k=4).requires_grad_(False).eval()
+    x = {stream: torch.randn(9, 6) for stream in ("image", "text")}
+    found = afa(core, x)
+    for number, stream in enumerate(x):
+        codes = core.encode(x).dense()[number]
+        bias = core.b_dec[number].norm()
+        want = ((codes * core.decoders[number].norm(dim=-1)).pow(2).sum(-1) + bias**2).sqrt()
+        assert_close(found[stream].estimate, want)
+        assert_close(found[stream].norm, x[stream].norm(dim=-1))

@@ -91,3 +91,8 @@ def test_a_line_of_zeros_lies_on_the_axis_and_shows_no_negative_ticks():
     svg = draw(Plot("none died", "step", "share", [{"label": "dead", "x": [1, 2, 3], "y": [0, 0, 0]}]))
     assert "−0" not in svg
     assert "-0.0" not in re.sub(r"<path[^>]*>", "", svg)
+
+
+def test_a_cell_of_zero_is_drawn_as_every_other():
+    rows = [{"label": name, "x": ["a", "b"], "y": values} for name, values in (("a", [1.0, 0.0]), ("b", [0.0, 1.0]))]
+    assert sum(text == "0.00" for text in texts(draw(Plot("confusion", "x", "y", rows, kind="heat")))) == 2

@@ -14,7 +14,7 @@ from mmsae.steering import (
     ConceptMeans,
     Content,
     Intervention,
-    Judge,
+    PictureJudge,
     Stage,
     Unlearn,
     by_effect,
@@ -59,7 +59,7 @@ def setup():
     core = core.eval().requires_grad_(False)
     items = {split: [dict(data.items(split)[i]) for i in range(108)] for split in ("val", "test")}
     latents = LatentStore.build(core, batches[1])
-    return source, core, items, latents, batches[1], Judge.load(device="cpu")
+    return source, core, items, latents, batches[1], PictureJudge.load(device="cpu")
 
 
 def others(items, factor, value, n, seed):

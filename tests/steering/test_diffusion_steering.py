@@ -17,8 +17,8 @@ from mmsae.steering import (
     Box,
     Content,
     Intervention,
-    Judge,
     Mask,
+    PictureJudge,
     Scale,
     Stage,
     Steps,
@@ -292,7 +292,7 @@ def test_candidates_are_those_of_a_band(scenes):
 
 @pytest.fixture(scope="module")
 def judge():
-    return Judge.load(device="cpu")
+    return PictureJudge.load(device="cpu")
 
 
 @pytest.mark.slow

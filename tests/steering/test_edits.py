@@ -24,6 +24,7 @@ from mmsae.steering import (
     Replace,
     Scale,
     Suppress,
+    Swap,
     codes_at,
     intervene,
     steer,
@@ -330,3 +331,27 @@ def test_codes_of_another_shape_are_not_transplanted(net):
     with pytest.raises(MmsaeError, match="2 examples and 5 positions for an activation of 3 and 5"):  # noqa: SIM117
         with steer(net, CORES[0], "first", Patch(theirs)):
             net(X)
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.5, 2.0])
+def test_swap_moves_codes_over_where_there_are_some(net, factor):
+    """In the units of each latent; rows in which none of the sources fires keep every bit."""
+    core = CORES[0]
+    clean = at_first(net)
+    z = core.encode(clean).dense()
+    order = core.encode(clean).firings().argsort(descending=True).tolist()
+    target, sources = order[-1], order[:2]
+    scale = torch.linspace(0.5, 3.0, M)
+    with steer(net, core, "first", Swap(target, sources, factor), scale=scale):
+        steered = at_first(net)
+    gained = (z[..., sources] / scale[sources]).sum(-1, keepdim=True) * scale[target] * factor
+    lost = z[..., sources] @ core.W_dec[sources] if factor else 0.0
+    assert_close(steered, clean + gained * core.W_dec[target] - lost, atol=1e-5, rtol=1e-4)
+    untouched = (z[..., sources] == 0).all(-1)
+    assert 0 < untouched.sum() < untouched.numel()
+    assert torch.equal(steered[untouched], clean[untouched])
+
+
+def test_a_latent_is_not_swapped_with_itself():
+    with pytest.raises(MmsaeError, match="names a latent twice"):
+        Swap(3, [1, 3])

@@ -65,6 +65,21 @@ def test_what_tells_two_groups_apart_is_found_and_survives_the_choice_among_all(
     assert other_way.ids[0] not in (7, 9)
 
 
+def test_a_latent_that_always_says_the_same_but_for_rounding_is_not_chosen():
+    """Such fire at the start token of every text; their differences of a millionth were two standard deviations."""
+    _, dense = store()
+    sample = np.repeat(np.arange(SAMPLES), ROWS)
+    first = (np.arange(SAMPLES * ROWS) % ROWS == 0).astype(float)
+    dense[:, 30] = first * (5 + 2e-6 * (sample < SAMPLES // 2) + 1e-7 * np.random.default_rng(0).random(len(sample)))
+    found = sparse.csc_matrix(dense.astype(np.float32))
+    latents = LatentStore(found.indptr, found.indices, found.data, {"sample_id": sample}, len(sample))
+    chosen = mean_difference(latents, FIRST, n=M)
+    place = chosen.ids.tolist().index(30)
+    assert place > 1
+    assert abs(chosen.score[place]) < 0.01
+    assert chosen.pvalue[place] == 1
+
+
 def test_shuffled_groups_show_nothing():
     shuffled = np.random.default_rng(1).permutation(FIRST)
     assert mean_difference(LATENTS, shuffled, n=1).pvalue[0] > 0.05

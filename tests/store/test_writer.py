@@ -184,3 +184,16 @@ def test_nothing_to_write_is_an_error(tmp_path):
         finish(write(tmp_path / "s", make_batches([0, 0])))
     with pytest.raises(MmsaeError, match="dtype='int8' is not one of"):
         Writer(tmp_path / "t", PLAN, "int8")
+
+
+def test_columns_that_are_one_tensor_are_stored_twice(tmp_path):
+    """As of pairs, whose `pair_id` is the sample; a shard of a single batch holds the very tensors of the source."""
+    ids = torch.arange(6)
+    writer = Writer(tmp_path / "train", {}, "float32")
+    writer.resume()
+    writer.add({ACTS: {"image": torch.randn(6, 4), "text": torch.randn(6, 4)}, "sample_id": ids, "pair_id": ids})
+    writer.close()
+    writer.finish({}, {}, {})
+    store = Store(tmp_path / "train")
+    rows = store.read(store.cuts(6))
+    assert rows["pair_id"].tolist() == rows["sample_id"].tolist() == list(range(6))

@@ -75,7 +75,7 @@ class Shared:
         self.rank, self.n_ranks = rank, n_ranks
         x = planted(10 * 64 + 256, 12)
         y = x[:, torch.arange(12).roll(1)].abs()
-        self.acts = {"x": x, "target": y, "one": x[:, :5], "other": x[:, 5:]}
+        self.acts = {"x": x, "target": y, "one": x[:, :5], "other": x[:, 5:], "image": x, "text": y}
 
     def _rows(self, rows):
         acts = {stream: t[rows] for stream, t in self.acts.items()}
@@ -102,7 +102,7 @@ def all_cores(folder, n_ranks=2):
         if hasattr(core, "dead_after"):
             core.dead_after = 10**9  # AuxK is a share of the variance of a rank's own rows
         built[name] = core
-    spec = ActivationSpec({"x": 12, "target": 12, "one": 5, "other": 7})
+    spec = ActivationSpec({"x": 12, "target": 12, "one": 5, "other": 7, "image": 12, "text": 12})
     module = SAEModule(built.pop("TopK"), spec, also=built, lr_warmup_steps=0, lr_decay=0, sparsity_warmup=0,
                        optimizer=lambda groups: torch.optim.SGD(groups, lr=0.02))  # fmt: skip
     two = TWO if n_ranks == 2 else {}

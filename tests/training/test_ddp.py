@@ -55,6 +55,9 @@ PER_RANK = {
     "Matryoshka": "as BatchTopK",
     "BatchTopKCrosscoder": "as BatchTopK",
     "JumpReLU-target_l0": "the distance from the target is squared on each rank",
+    "GroupSparse-masked": "each rank draws its own mask",
+    "GroupSparse-masked-by-sample": "each rank draws its own masks",
+    "AlignmentAutoencoder": "negatives are a rank's own rows",
     "Variational": "each rank draws its own noise",
     "Variational-learned": "each rank draws its own noise",
 }

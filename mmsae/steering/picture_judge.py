@@ -19,7 +19,7 @@ from mmsae.sources.two_towers import TwoTowers
 MINIATURE = "miniature:clip"
 
 
-class Judge:
+class PictureJudge:
     """Both towers of a CLIP model.
 
     Args:
@@ -38,7 +38,7 @@ class Judge:
     @classmethod
     def load(
         cls, name: str = MINIATURE, prompts: Mapping[str, Sequence[str]] | None = None, device: str = "auto"
-    ) -> Judge:
+    ) -> PictureJudge:
         """A judge by name.
 
         Args:

@@ -117,11 +117,22 @@ def _fit(
 # ---- what is asked
 
 
-def scenes(kind: str, n: int, seed: int, noise: float) -> list[dict[str, Any]]:
-    """Questions about scenes of the test split, the pictures with Gaussian noise of so many grey levels."""
-    questions = SceneQuestions("test", n, 1, "caption" if kind == "captions" else "yes or no", seed=seed)
+def scenes(kind: str, n: int, seed: int, noise: float, asked: str | None = None) -> list[dict[str, Any]]:
+    """Questions about scenes of the test split, the pictures with Gaussian noise of so many grey levels.
+
+    Args:
+        kind: "questions" or "captions".
+        n: How many.
+        seed: Of scenes, questions and noise.
+        noise: Grey levels.
+        asked: Only questions for this factor.
+    """
+    only = None if asked is None or kind == "captions" else list(FACTORS).index(asked)
+    many = n if only is None else 12 * n
+    questions = SceneQuestions("test", many, 1, "caption" if kind == "captions" else "yes or no", seed=seed)
+    chosen = [i for i in range(many) if only is None or questions.asked(i)["labels"]["asked"] == only][:n]
     rng = np.random.default_rng(seed)
-    items = [questions[i] for i in range(n)]
+    items = [questions[i] for i in chosen]
     if noise:
         for item in items:
             pixels = np.asarray(item["image"], np.float32)
@@ -234,7 +245,7 @@ def measure(given: argparse.Namespace, out: Path) -> dict[str, dict[str, float]]
     for seed in given.seeds:
         ways = chosen(ways_of(source, dictionaries(source, seed, given.n_train, given.steps, out / "sae"), given))
         for kind, noise in product(("questions", "captions"), (0.0, given.noise)):
-            items = scenes(kind, given.n if kind == "questions" else given.n_captions, seed, noise)
+            items = scenes(kind, given.n if kind == "questions" else given.n_captions, seed, noise, given.asked)
             for way, processor in ways.items():
                 key = f"{kind}{', noised' if noise else ''}/{way}/{seed}"
                 keep(key, lambda k=kind, i=items, p=processor: asked_of_scenes(source.inner, p, k, i, given.cache))
@@ -278,6 +289,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--c", type=float, default=0.6)
     parser.add_argument("--b", type=float, default=0.8)
     parser.add_argument("--n", type=int, default=300, help="questions")
+    parser.add_argument("--asked", choices=list(FACTORS), help="only questions about scenes for this factor")
     parser.add_argument("--n_captions", type=int, default=80)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--cache", action="store_true", help="keep keys and values between steps")

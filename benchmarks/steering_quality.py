@@ -20,19 +20,19 @@ from jsonargparse import auto_cli
 sys.path.append(str(Path(__file__).parent.parent / "recipes"))
 
 from diffusion_stage import Opened, open_run, place
-from mmsae.steering.judge import wilson
 from steer_diffusion import concept_rows
 
 from mmsae.cli.evaluate import show
 from mmsae.results import Result, Table
-from mmsae.steering import Add, Intervention, PictureJudge, Stage, by_effect, draw, mean_difference
+from mmsae.steering import Add, Intervention, PictureJudge, Stage, by_effect, candidates_for, draw
+from mmsae.steering.picture_judge import wilson
 
 
 def chosen_latents(opened: Opened, judge: PictureJudge, colour: int, n: int, candidates: int, seed: int) -> list[int]:
     """Latents of a colour by their effect on validation prompts of other colours."""
     text = judge.prompts["colour"][colour]
     latents, positive = concept_rows(opened, text)
-    tried = mean_difference(latents, positive, n=candidates).ids.tolist()
+    tried = candidates_for(latents, positive, opened.scale, candidates)
     others = [item for item in opened.items if item["labels"]["colour"] != colour][:4]
     stage = Stage(opened.source, opened.core, opened.hook_point, opened.scale, others, [seed], place(opened))
     return [e.latents[0] for e in by_effect(stage, judge, tried, text, "a digit", 2.0)][:n]

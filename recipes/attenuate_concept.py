@@ -41,16 +41,13 @@ class Stories:
     Args:
         source: The language model.
         items: Test stories.
-        words: Of the concept; each has to be one token.
+        words: Tokens of the concept.
         chosen: Which stories speak of it, bool.
     """
 
-    def __init__(self, source: Any, items: list[dict[str, Any]], words: Sequence[str], chosen: np.ndarray) -> None:
+    def __init__(self, source: Any, items: list[dict[str, Any]], words: Sequence[int], chosen: np.ndarray) -> None:
         self.source = source
-        coded = [source.tokenizer(f" {word}", add_special_tokens=False)["input_ids"] for word in words]
-        if any(len(ids) != 1 for ids in coded):
-            raise MmsaeError(f"{', '.join(words)} are not all single tokens of this model.")
-        self.words = torch.tensor([ids[0] for ids in coded])
+        self.words = torch.tensor(list(words))
         self.speaking = source.collate([i for i, c in zip(items, chosen, strict=True) if c])
         self.silent = source.collate([i for i, c in zip(items, chosen, strict=True) if not c])
 
@@ -70,6 +67,14 @@ class Stories:
         return torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch["input_ids"][:, 1:], reduction="none")
 
 
+def single(source: Any, word: str) -> int:
+    """The token of a word."""
+    ids = source.tokenizer(f" {word}", add_special_tokens=False)["input_ids"]
+    if len(ids) != 1:
+        raise MmsaeError(f"{word!r} is not a single token of this model, so its mentions cannot be measured.")
+    return int(ids[0])
+
+
 def edits_of(core: SAECore, store: LatentStore, ids: Tensor, concept: np.ndarray, value: int) -> dict[str, list[Edit]]:
     """Each way of removing a value with these latents; of masking several shares, so that one can interpolate."""
     z = torch.tensor(np.stack([store.at(int(i), np.arange(store.n_rows)) for i in ids], 1))
@@ -81,6 +86,21 @@ def edits_of(core: SAECore, store: LatentStore, ids: Tensor, concept: np.ndarray
         "range": [SuppressRange(ids, own.mean(0), own.std(0))],
         "masking": [Suppress(ids, share) for share in SHARES],
     }
+
+
+def concepts_of(store: LatentStore, tokens: Sequence[Sequence[int]]) -> np.ndarray:
+    """Of each row the value that its token, or the next one, names, int64 `[n_rows]`; one more for none.
+
+    Both count: what speaks of a dog fires at "dog", and what makes the model say it fires at the word before.
+    """
+    ids, sample = store.columns["token_id"], store.columns["sample_id"]
+    found = np.full(store.n_rows, len(tokens))
+    for value, own in enumerate(tokens):
+        named = np.isin(ids, own)
+        found[named] = value
+        before = named[1:] & (sample[1:] == sample[:-1]) & (found[:-1] == len(tokens))
+        found[:-1][before] = value
+    return found
 
 
 def salient(store: LatentStore, labels: np.ndarray, rows: np.ndarray, value: int, way: str, n: int) -> Tensor:
@@ -123,7 +143,9 @@ def compare(run: str, sae: str | None, label: str, values: Sequence[str], n_stor
         if n >= max_rows:
             break
     store = LatentStore.build(core, batches, max_rows, "train")
-    labels, rows = store.labels()[label], store.columns[f"label.{label}"]
+    said = getattr(data, "said", {}).get(label) or [(name,) for name in names[label]]
+    tokens = [[single(source, word) for word in words] for words in said]
+    labels, rows = store.labels()[label], concepts_of(store, tokens)
     test = data.items("test")
     found: dict[tuple[str, str], list[tuple[float, float, float, int]]] = {}
     table, curves = [], {}
@@ -134,9 +156,7 @@ def compare(run: str, sae: str | None, label: str, values: Sequence[str], n_stor
             items = [test[i] for i in range(len(test))]  # type: ignore[arg-type]
             own = [item for item in items if item["labels"][label] == value][:n_stories]
             other = [item for item in items if item["labels"][label] != value][:n_stories]
-            told = getattr(data, "said", {}).get(label)
-            stories = Stories(source, own + other, told[value] if told else (name,),
-                              np.arange(len(own) + len(other)) < len(own))  # fmt: skip
+            stories = Stories(source, own + other, tokens[value], np.arange(len(own) + len(other)) < len(own))
             clean = stories.measure()
             for way in SELECTIONS:
                 points: dict[str, list[tuple[float, float, float, int]]] = {}

@@ -40,8 +40,8 @@ from mmsae.steering import (
     Stage,
     Transplant,
     by_effect,
+    candidates_for,
     draw,
-    mean_difference,
     trace,
 )
 from mmsae.steering.drawing import Item, items_of, over
@@ -211,7 +211,7 @@ def choose(
         return like_picture(opened, like, n), None
     assert text is not None
     latents, positive = concept_rows(opened, text)
-    tried = mean_difference(latents, positive, n=candidates).ids.tolist()
+    tried = candidates_for(latents, positive, opened.scale, candidates)
     alike = [str(item["text"]) for item in stage.items]
     ranked = by_effect(stage, judge, tried, text, alike[0] if len(alike) == 1 else _common(alike), strength=2.0)
     rows: list[list[Any]] = [

@@ -36,6 +36,7 @@ def bench(
     strengths: list[float] | None = None,
     edit: Literal["add", "clamp", "swap"] = "add",
     where: str = "all",
+    select: Literal["difference", "output"] = "difference",
     candidates: int = 3,
     contexts: int = 100,
     samples: int = 2,
@@ -63,7 +64,9 @@ def bench(
         edit: Add to the code, set it, or swap: the codes of the latents of all other values go over to it, so that
             nothing happens where none of them fires.
         where: Positions, see mmsae steer --help.
-        candidates: Latents to choose from, by mean difference; the control has as many.
+        select: Candidates: latents that tell the value from others, or output, of language models: those whose decoder
+            rows write its words.
+        candidates: Latents to choose from; the control has as many.
         contexts: Items to steer.
         samples: Continuations of each, of language models.
         max_new_tokens: Tokens of each.
@@ -96,7 +99,7 @@ def bench(
         raise MmsaeError(f"a judge rates texts, and {type(data.source).__name__} writes none: leave --judge out.")
     checked("contexts", contexts, 4)
     numbers = [names[label].index(value) for value in wanted]
-    plan = SteeringBench(numbers, tuple(strengths or STRENGTHS), edit, position, candidates, seed)
+    plan = SteeringBench(numbers, tuple(strengths or STRENGTHS), edit, position, select, candidates, seed)
     paths = [sae or run, *_layers(folder, layers or [])]
     cores: dict[str, SAECore] = {}
     for path in paths:
@@ -105,10 +108,6 @@ def bench(
         if point in cores:
             raise MmsaeError(f"two dictionaries read {point!r}; --layers compares hook points, so give one for each.")
         cores[point] = core
-    numbers = [names[label].index(value) for value in wanted]
-    plan = SteeringBench(
-        numbers, tuple(strengths or STRENGTHS), edit, position, checked("candidates", candidates, 1), seed
-    )
     read = read_layers(data, cores, split, max_rows)
     free = unrelated(read[0].latents, label, list(names)) if others is None else others
     where_measured = Contexts(data, label, free, contexts, seed, words, samples, max_new_tokens)

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from mmsae.errors import MmsaeError
 
+Net = Literal["alex", "vgg", "squeeze"]
 
-def lpips(first: Tensor, second: Tensor, net: Literal["alex", "vgg", "squeeze"] = "alex") -> Tensor:
+
+def lpips(first: Tensor, second: Tensor, net: Net = "alex") -> Tensor:
     """Perceptual distance of pairs of pictures, `[n]` (arXiv 1801.03924); 0 for equal ones.
 
     Args:
@@ -32,7 +34,7 @@ def lpips(first: Tensor, second: Tensor, net: Literal["alex", "vgg", "squeeze"] 
         return network(first, second, normalize=True).flatten()
 
 
-def _lpips_network(net: str) -> Any:
+def _lpips_network(net: Net) -> Any:
     try:
         from torchmetrics.functional.image.lpips import _LPIPS
 

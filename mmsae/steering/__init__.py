@@ -26,7 +26,16 @@ from mmsae.steering.edits import (
     Swap,
     VectorEdit,
 )
-from mmsae.steering.effects import Discovery, Effect, Stage, by_effect, discover, effect_of, in_band
+from mmsae.steering.effects import (
+    Discovery,
+    Effect,
+    Stage,
+    by_effect,
+    candidates_for,
+    discover,
+    effect_of,
+    in_band,
+)
 from mmsae.steering.experiment import Arm, Experiment, experiment
 from mmsae.steering.intervene import Intervention, codes_at, columns_of, edited, intervene, steer
 from mmsae.steering.judges import Judge, RuleJudge, axbench
@@ -68,8 +77,9 @@ __all__ = [
     "ImageTokens", "Intervention", "Judge", "LatentEdit", "Mask", "Only", "Patch", "PictureJudge",
     "PosteriorReadout", "Probe", "Project", "Readout", "Reconstruct", "Replace", "Rows", "RuleJudge", "Scale",
     "Selection", "Site", "Stage", "Steps", "Suppress", "SuppressRange", "Swap", "Timesteps", "TokenIds", "Trace",
-    "Transplant", "Unlearn", "VectorEdit", "Where", "attribute", "axbench", "by_effect", "calibrate", "codes_at",
-    "columns_of", "deciding", "difference_in_means", "discover", "draw", "edited", "effect_of", "experiment",
+    "Transplant", "Unlearn", "VectorEdit", "Where", "attribute", "axbench", "by_effect", "calibrate",
+    "candidates_for", "codes_at", "columns_of", "deciding", "difference_in_means", "discover", "draw", "edited",
+    "effect_of", "experiment",
     "frequency_difference", "in_band", "intervene", "matched_random", "mean_difference", "means", "nearest",
     "probe_direction", "quantiles", "random_direction", "score", "steer", "sweep", "trace",
 ]  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -60,6 +60,8 @@ class SteeringBench:
         strengths: In units of the 99th percentile of each latent's codes.
         edit: "add", "clamp", or "swap": the codes of the latents of all other values go over to the one that steers.
         where: Weight of every position.
+        select: "difference" takes the latents that tell a value from the others; "output", of language models, those
+            whose decoder rows write its words.
         candidates: Latents tried for each value; the control has as many tries.
         seed: Of halves, controls and resamples.
         n_boot: Resamples for intervals.
@@ -69,6 +71,7 @@ class SteeringBench:
     strengths: Sequence[float] = STRENGTHS
     edit: str = "add"
     where: Callable[[Context], Any] | None = None
+    select: Literal["difference", "output"] = "difference"
     candidates: int = 3
     seed: int = 0
     n_boot: int = 1000
@@ -96,6 +99,8 @@ class SteeringBench:
 
         if judge is not None and not writes(contexts.data.source):
             raise MmsaeError("a judge rates texts, and the model writes none: leave judge out.")
+        if self.select == "output":
+            contexts.toward(self.values[0])
         ledger = Ledger() if ledger is None else ledger
         found = Found([contexts.names[contexts.label][v] for v in self.values], contexts.names[contexts.label])
         n_strengths = len({0.0, *map(float, self.strengths)})
@@ -127,7 +132,8 @@ class SteeringBench:
     ) -> None:  # fmt: skip
         name = contexts.names[contexts.label][value]
         site = self._site(layer, contexts.data.source)
-        selection, control = layer.choose(contexts.label, value, self.candidates, self.seed)
+        toward = contexts.toward(value) if self.select == "output" else None
+        selection, control = layer.choose(contexts.label, value, self.candidates, self.seed, toward)
         make = self._edit(layer, contexts, value)
         rows = layer.x[:SPREAD_ROWS]
         if layer is main:
@@ -179,7 +185,8 @@ class SteeringBench:
 def settings_of(bench: SteeringBench, contexts: Contexts) -> Mapping[str, Any]:
     """What the measurements depend on, for the name of a ledger."""
     return {
-        "label": contexts.label, "others": contexts.others, "n": contexts.n, "edit": bench.edit, "seed": bench.seed,
+        "label": contexts.label, "others": contexts.others, "n": contexts.n, "edit": bench.edit,
+        "select": bench.select, "seed": bench.seed,
         "where": str(bench.where), "samples": contexts.n_samples, "tokens": contexts.max_new_tokens,
         "words": contexts.words, "probe": contexts.n_probe,
     }  # fmt: skip

@@ -55,8 +55,8 @@ def result_of(found: Found, bench: SteeringBench, contexts: Contexts, layers: Se
         plots=_plots(found, arms, scores, label),
         settings={
             "contexts": contexts.n, "measured in": int(found.experiments[0].held_out.sum()),
-            "candidates": bench.candidates, "edit": bench.edit, "seed": bench.seed, "layer": layers[0].name,
-            "others": ", ".join(contexts.others),
+            "candidates": bench.candidates, "edit": bench.edit, "select": bench.select, "seed": bench.seed,
+            "layer": layers[0].name, "others": ", ".join(contexts.others),
             "headline": [{"label": f"steering score ({label})", "value": f"{best.mean:.2f}",
                           "note": f"random latent: {scores[CONTROL].mean:.2f}"}],
         },

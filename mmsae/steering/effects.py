@@ -20,6 +20,7 @@ from mmsae.steering.drawing import Item, draw, over
 from mmsae.steering.edits import Add, AddVector, Edit
 from mmsae.steering.intervene import Intervention
 from mmsae.steering.picture_judge import PictureJudge
+from mmsae.steering.select import mean_difference
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,25 @@ def in_band(latents: LatentStore, low: float = 1e-4, high: float = 1e-2, n: int 
     mean = np.array([np.abs(latents.of_latent(int(i))[1]).mean() for i in found])
     order = found[np.argsort(-latents.strongest[found] / mean, kind="stable")]
     return torch.as_tensor(order[:n].copy())
+
+
+def candidates_for(latents: LatentStore, positive: np.ndarray, scale: Tensor, n: int = 8) -> list[int]:
+    """Latents to try for a concept: those that fire most strongly more for it, and those that do so most reliably.
+
+    The second alone (`mean_difference`) lists latents that hardly move anything, but never fail to.
+
+    Args:
+        latents: Codes of a data set.
+        positive: Which of `latents.samples` have the concept, bool.
+        scale: Unit of each latent, `[d_latent]`.
+        n: How many.
+    """
+    reliable = mean_difference(latents, positive, n=n).ids.tolist()
+    pooled = latents.pool()
+    more = (pooled[positive].mean(0) - pooled[~positive].mean(0)) / scale.cpu().numpy()
+    strong = np.argsort(-more, kind="stable")[:n].tolist()
+    both = [int(i) for pair in zip(strong, reliable, strict=True) for i in pair]
+    return list(dict.fromkeys(both))[:n]
 
 
 def describe(

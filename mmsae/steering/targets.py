@@ -23,6 +23,7 @@ from mmsae.steering.directions import difference_in_means, probe_direction
 from mmsae.steering.edits import AddVector
 from mmsae.steering.readouts import PosteriorReadout, Probe, Readout, deciding
 from mmsae.steering.select import Selection, matched_random, mean_difference, quantiles
+from mmsae.steering.select import nearest as nearest_rows
 from mmsae.steering.sweep import Make
 from mmsae.steering.word_readouts import AnswerReadout, ContinuationReadout
 
@@ -64,13 +65,26 @@ class Layer:
         own = getattr(self.core, "dictionaries", {})
         return own.get(self.name, self.core.dictionary).detach()
 
-    def choose(self, label: str, value: int, n: int, seed: int) -> tuple[Selection, Tensor]:
-        """Latents that tell a value from the others, and as many that fire about as often."""
-        key = (label, value, n, seed)
+    def choose(
+        self, label: str, value: int, n: int, seed: int, toward: Tensor | None = None
+    ) -> tuple[Selection, Tensor]:
+        """Latents for a value, and as many that fire about as often.
+
+        Args:
+            label: With values.
+            value: Its number.
+            n: How many.
+            seed: Of the control.
+            toward: Take the live latents whose decoder rows point most in this direction, `[d]`; None those that tell
+                the value from the others.
+        """
+        key = (label, value, n, seed, toward is not None)
         if key in self.choices:
             return self.choices[key]
-        positive = self.latents.labels()[label] == value
-        selection = mean_difference(self.latents, positive, n=n)
+        if toward is None:
+            selection = mean_difference(self.latents, self.latents.labels()[label] == value, n=n)
+        else:
+            selection = nearest_rows(self.rows * (self.scale > 0).to(self.rows)[:, None], toward.to(self.rows), n)
         live = self.scale[selection.ids] > 0
         if not live.all():
             raise MmsaeError(f"only {int(live.sum())} latents of {self.name} fire in the data, fewer than {n}.")
@@ -197,6 +211,16 @@ class Contexts:
         items = [train[i] for i in range(min(self.n_probe, len(train)))]
         labels = [self.label, *self.others]
         return Probe(source, items, labels), labels
+
+    def toward(self, value: int) -> Tensor:
+        """Output embedding of the words of a value, less the mean of all: what a latent that says them has to write."""
+        if not writes(self.data.source):
+            raise MmsaeError(f"{type(self.data.source).__name__} has no output words: choose latents by difference.")
+        source = self.data.source
+        table = source.model.get_output_embeddings().weight.detach().float().cpu()
+        words = self.telling(self.label, value)
+        ids = [source.tokenizer(f" {word}", add_special_tokens=False)["input_ids"][0] for word in words]
+        return table[ids].mean(0) - table.mean(0)
 
     def _items(self, value: int | None) -> list[dict[str, Any]]:
         test = self.data.items("test")

@@ -18,8 +18,8 @@ from mmsae.steering import (
     Stage,
     Unlearn,
     by_effect,
+    candidates_for,
     draw,
-    mean_difference,
     quantiles,
 )
 
@@ -73,7 +73,7 @@ def test_a_colour_is_steered_and_digits_stay(setup, colour):
     where, scale = Content.of(source), quantiles(latents)
     scale = torch.where(scale > 0, scale, scale.max())
     positive = latents.labels()["colour"] == colour
-    tried = mean_difference(latents, positive, n=6).ids.tolist()
+    tried = candidates_for(latents, positive, scale, 8)
     stage = Stage(source, core, POINT, scale, others(items["val"], "colour", colour, 4, 10), [10], where)
     best = by_effect(stage, judge, tried, judge.prompts["colour"][colour], "a digit", 2.0)[:2]
     turned, kept = [], []
@@ -81,7 +81,7 @@ def test_a_colour_is_steered_and_digits_stay(setup, colour):
         prompts = others(items["test"], "colour", colour, 8, seed)
         noise = [1000 * seed + i for i in range(8)]
         plain = judge.factors(draw(source, prompts, noise))
-        edit = Intervention(core, POINT, [Add([e.latents[0] for e in best], 2.0)], where, scale=scale)
+        edit = Intervention(core, POINT, [Add([e.latents[0] for e in best], 3.0)], where, scale=scale)
         seen = judge.factors(draw(source, prompts, noise, [edit]))
         turned.append(seen["colour"] == colour)
         kept.append(seen["digit"] == plain["digit"])

@@ -199,8 +199,9 @@ def edit(model: nn.Module, edits: Mapping[str, Callable[[Tensor], Tensor]]) -> I
         start = entered.pop(point.name)
         difference = _difference(point, old, start)
         new = _replaced(point, functions[point.name], difference)
-        # what was not changed keeps its bits: input plus difference is the output up to rounding only
-        return put(output, key, torch.where(new == difference, old, start + new))
+        # what was not changed keeps its bits: input plus difference is the output up to rounding only; the 0 is there
+        # for gradients by the new difference
+        return put(output, key, torch.where(new == difference, old + (new - difference), start + new))
 
     with uncompiled(), ExitStack() as hooks:
         for point in points:

@@ -199,9 +199,10 @@ def edit(model: nn.Module, edits: Mapping[str, Callable[[Tensor], Tensor]]) -> I
         start = entered.pop(point.name)
         difference = _difference(point, old, start)
         new = _replaced(point, functions[point.name], difference)
-        # what was not changed keeps its bits: input plus difference is the output up to rounding only; the 0 is there
-        # for gradients by the new difference
-        return put(output, key, torch.where(new == difference, old + (new - difference), start + new))
+        # what was not changed keeps its bits: input plus difference is the output up to rounding only
+        total = start + new
+        kept = torch.where(new == difference, old, total)
+        return put(output, key, _Valued.apply(total, kept.detach()) if total.requires_grad else kept)
 
     with uncompiled(), ExitStack() as hooks:
         for point in points:
@@ -264,6 +265,18 @@ def uncompiled() -> Iterator[None]:
             _uncompiled -= 1
             if _uncompiled == 0:
                 torch.compiler.set_stance("default")
+
+
+class _Valued(torch.autograd.Function):
+    """The value of one tensor with the gradient of another that is equal up to rounding."""
+
+    @staticmethod
+    def forward(ctx: Any, total: Tensor, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return slope, None
 
 
 class _Stop(BaseException):  # not an Exception: the model's own `except Exception` must not swallow it

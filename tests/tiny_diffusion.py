@@ -8,6 +8,15 @@ from pathlib import Path
 import torch
 
 KINDS = ("sd", "sdxl", "dit", "pixart", "sd3", "flux")
+POINTS = {
+    "sd": "unet.mid_block.attentions.0:delta",
+    "sdxl": "unet.down_blocks.1.attentions.0:delta",
+    "dit": "transformer.transformer_blocks.1:delta",
+    "pixart": "transformer.transformer_blocks.1:delta",
+    "sd3": "transformer.transformer_blocks.0:delta[1]",
+    "flux": "transformer.transformer_blocks.1:delta[1]",
+}
+SIDES = {"sd": 4, "sdxl": 4, "dit": 4, "pixart": 16, "sd3": 4, "flux": 4}  # of the grid at these points
 
 
 def save_pipeline(kind, folder, deep=False):

@@ -5,6 +5,7 @@ They combine: `Generated() & ~TokenIds([0])`, `Box(0, 0, 0.5, 1) & Timesteps(400
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,15 +18,15 @@ from mmsae.errors import MmsaeError, checked
 from mmsae.steering.context import Context
 
 
-class Where:
+class Where(ABC):
     """Weight of every position: bool, or float for a part of the change; broadcasts to `[B, T]`.
 
     A plain function from a `Context` to such a tensor serves as well.
     """
 
+    @abstractmethod
     def __call__(self, context: Context) -> Tensor:
         """Weights of the positions of the running call."""
-        raise NotImplementedError
 
     def __and__(self, other: Where) -> Where:
         return _Both(self, other)

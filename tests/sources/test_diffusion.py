@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_diffusion import KINDS, items_for, save_pipeline
+from tiny_diffusion import KINDS, POINTS, SIDES, items_for, save_pipeline
 from torch.testing import assert_close
 
 from mmsae.errors import MmsaeError
@@ -12,15 +12,6 @@ from mmsae.spec import ACTS
 
 pytest.importorskip("diffusers")
 
-POINTS = {
-    "sd": "unet.mid_block.attentions.0:delta",
-    "sdxl": "unet.down_blocks.1.attentions.0:delta",
-    "dit": "transformer.transformer_blocks.1:delta",
-    "pixart": "transformer.transformer_blocks.1:delta",
-    "sd3": "transformer.transformer_blocks.0:delta[1]",
-    "flux": "transformer.transformer_blocks.1:delta[1]",
-}
-SIDES = {"sd": 4, "sdxl": 4, "dit": 4, "pixart": 16, "sd3": 4, "flux": 4}  # of the grid at these points
 STEPS = 3
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from PIL import Image
-from tiny_diffusion import KINDS, items_for, save_pipeline
+from tiny_diffusion import KINDS, POINTS, SIDES, items_for, save_pipeline
 from tiny_lmm import SIDE, save_lmm
 from torch.testing import assert_close
 
@@ -25,16 +25,6 @@ from mmsae.steering import (
     Timesteps,
     steer,
 )
-
-POINTS = {
-    "sd": "unet.mid_block.attentions.0:delta",
-    "sdxl": "unet.down_blocks.1.attentions.0:delta",
-    "dit": "transformer.transformer_blocks.1:delta",
-    "pixart": "transformer.transformer_blocks.1:delta",
-    "sd3": "transformer.transformer_blocks.0:delta[1]",
-    "flux": "transformer.transformer_blocks.1:delta[1]",
-}
-SIDES = {"sd": 4, "sdxl": 4, "dit": 4, "pixart": 16, "sd3": 4, "flux": 4}  # of the grid at these points
 
 
 def core_of(width, seed=0, m=32):
